@@ -1,0 +1,1 @@
+"From a simulated model to a verified file on a phone."
