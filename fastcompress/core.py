@@ -6,15 +6,17 @@
 __all__ = ['near', 'Registry', 'check_fraction', 'weight_layers', 'layer_names', 'match_layers', 'eval_mode', 'plain', 'as_args',
            'fork_rng', 'check_writable', 'atomic_dir', 'progress']
 
-# %% ../nbs/00_core.ipynb #f55e0909
-import shutil,tempfile
+# %% ../nbs/00_core.ipynb #df4b4b65
+import os,shutil,sys,tempfile
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from fastcore.imports import in_notebook
 from torch import Tensor, nn
+from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #975fba70
 def near(name,  # what the user typed
@@ -157,13 +159,12 @@ def atomic_dir(path,      # folder to create or replace
         else: tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #0d61f5d1
+# %% ../nbs/00_core.ipynb #2165de60
 def progress(it,             # iterable to walk through
              label:str='',   # shown beside the bar
              total:int=None, # length, if `it` has none
              show:bool=True, # False is silent
             ):
-    "Iterate over `it` behind a fastprogress bar"
-    if not show: return it
-    from fastprogress.fastprogress import progress_bar
-    return progress_bar(it, total=total if total is not None or hasattr(it, '__len__') else 'noinfer', comment=label, leave=False)
+    "Iterate over `it` behind a tqdm bar"
+    watched = (sys.stderr.isatty() or in_notebook()) and 'IN_TEST' not in os.environ
+    return tqdm(it, desc=label, total=total, disable=not (show and watched), leave=False)
