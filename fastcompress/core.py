@@ -29,7 +29,7 @@ def near(name,  # what the user typed
     if found: return 'Nearest: ' + ', '.join(map(repr, found)) + '.'
     return 'Known: ' + (', '.join(map(repr, names[:12])) or 'none') + (', ...' if len(names)>12 else '') + '.'
 
-# %% ../nbs/00_core.ipynb #2018f701
+# %% ../nbs/00_core.ipynb #5fb743f9
 class Registry(dict):
     "Named strategies of one `kind`. Decorate with it to add one; `resolve` a name or a callable"
     def __init__(self,
@@ -46,7 +46,7 @@ class Registry(dict):
         "The entry called `name`; a callable is returned as it is. `ValueError` with near matches otherwise"
         if callable(name): return name
         if name in self: return self[name]
-        raise ValueError(f"no {self.kind} {name!r}. {near(name, self)} A callable works too.")
+        raise ValueError(f"no {self.kind} {name!r}. {near(name, self)}" + (' A callable works too.' if any(map(callable, self.values())) else ''))
 
 # %% ../nbs/00_core.ipynb #537b2a59
 def check_fraction(frac,      # a number the user gave

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from ..core import as_args, eval_mode
 from ..quantize.simulate import sim_mode, simulation
 
-# %% ../../nbs/deploy/00_capture.ipynb #6a380702
+# %% ../../nbs/deploy/00_capture.ipynb #a8eb188a
 def op_of(n:fx.Node)->str: # 'conv2d' for aten.conv2d.default, 'quantize' for ours; '' for what isn't a function call
     "Short name of the operation a node calls"
     if n.op!='call_function': return ''
@@ -30,7 +30,7 @@ def layer_of(n:fx.Node)->str: # 'layer1.0.conv1'; '' at the top
 def get_tensor(gm:fx.GraphModule, n:fx.Node)->Tensor|None: # `None` if `n` doesn't read a stored tensor
     "The tensor that a `get_attr` node reads"
     if not (isinstance(n, fx.Node) and n.op=='get_attr'): return None
-    return operator.attrgetter(n.target)(gm)
+    return operator.attrgetter(n.target)(gm).detach()
 
 def put(gm:fx.GraphModule,
         name:str,         # dotted name; made unique if taken
@@ -107,7 +107,7 @@ def _drop_empty(m):
         _drop_empty(c)
         if not (c._parameters or c._buffers or c._modules): del m._modules[k]
 
-# %% ../../nbs/deploy/00_capture.ipynb #7fcf46a3
+# %% ../../nbs/deploy/00_capture.ipynb #d67d3b71
 def _export(model, args, dynamic):
     shapes = tuple({0:torch.export.Dim.DYNAMIC} if isinstance(o, Tensor) and o.ndim else None for o in args) if dynamic else None
     args = tuple(o.clone() if isinstance(o, Tensor) else o for o in args) # export leaves marks on the tensors it is given
@@ -116,7 +116,7 @@ def _export(model, args, dynamic):
 def capture(model:nn.Module,          # float, or simulated and calibrated
             x,                        # example input: tensor or tuple of them, batch first
             dynamic_batch:bool=True,  # leave the batch dimension open where the model allows it
-           )->fx.GraphModule:         # `meta['fixed_batch']` is the batch it is bound to, or None
+           )->fx.GraphModule:         # `meta['fixed_batch']` is the batch it is bound to or None, `meta['floats']` site -> why it stays in float
     "Record `model` in eval mode as one graph; a simulated model with its quantize and dequantize operations"
     sim,args = simulation(model),as_args(x)
     if sim is not None and not sim.calibrated: raise ValueError("the model is simulated but not calibrated: call calibrate_(model, batches) first.")
@@ -135,4 +135,5 @@ def capture(model:nn.Module,          # float, or simulated and calibrated
     if not dynamic_batch: fixed = args[0].shape[0]
     gm = tidy_(gm)
     gm.meta['fixed_batch'] = fixed
+    gm.meta['floats'] = dict(sim.placement.floats) if sim is not None else {}
     return gm
