@@ -51,7 +51,7 @@ def put(gm:fx.GraphModule,
     n.meta.update(before.meta)
     return n
 
-# %% ../../nbs/deploy/00_capture.ipynb #36fd7069
+# %% ../../nbs/deploy/00_capture.ipynb #29e125b1
 _noops = {'dropout', 'detach', 'detach_', 'alias', 'lift_fresh_copy', 'feature_dropout', 'dropout_'}
 
 def _functional(gm):
@@ -87,6 +87,13 @@ def tidy_(gm:fx.GraphModule)->fx.GraphModule:
     _merge_quantize(gm)
     return clean_(gm)
 
+def _flat(gm):
+    "The same graph as a plain module of tensors in, tensor or tuple of tensors out; no hooks, no nested containers"
+    out = gm.graph.output_node()
+    if len(out.args[0])==1: out.args = tuple(out.args[0])
+    gm.graph.set_codegen(fx.graph.CodeGen())
+    return fx.GraphModule(gm, gm.graph, class_name='Reference')
+
 def clean_(gm:fx.GraphModule)->fx.GraphModule:
     "Drop nodes and stored tensors that nothing reads, and recompile"
     gm.graph.eliminate_dead_code()
@@ -107,7 +114,7 @@ def _drop_empty(m):
         _drop_empty(c)
         if not (c._parameters or c._buffers or c._modules): del m._modules[k]
 
-# %% ../../nbs/deploy/00_capture.ipynb #d67d3b71
+# %% ../../nbs/deploy/00_capture.ipynb #4a6ed745
 def _export(model, args, dynamic):
     shapes = tuple({0:torch.export.Dim.DYNAMIC} if isinstance(o, Tensor) and o.ndim else None for o in args) if dynamic else None
     args = tuple(o.clone() if isinstance(o, Tensor) else o for o in args) # export leaves marks on the tensors it is given
@@ -117,7 +124,7 @@ def capture(model:nn.Module,          # float, or simulated and calibrated
             x,                        # example input: tensor or tuple of them, batch first
             dynamic_batch:bool=True,  # leave the batch dimension open where the model allows it
            )->fx.GraphModule:         # `meta['fixed_batch']` is the batch it is bound to or None, `meta['floats']` site -> why it stays in float
-    "Record `model` in eval mode as one graph; a simulated model with its quantize and dequantize operations"
+    "Record `model` in eval mode as one graph of flat inputs and outputs; a simulated model with its quantize and dequantize operations"
     sim,args = simulation(model),as_args(x)
     if sim is not None and not sim.calibrated: raise ValueError("the model is simulated but not calibrated: call calibrate_(model, batches) first.")
     wide = tuple(torch.cat([o, o]) if isinstance(o, Tensor) and o.ndim and len(o)==1 else o for o in args) if dynamic_batch else args
@@ -133,7 +140,7 @@ def capture(model:nn.Module,          # float, or simulated and calibrated
                 if not dynamic_batch: raise
                 gm,fixed = _export(model, args, False),args[0].shape[0]
     if not dynamic_batch: fixed = args[0].shape[0]
-    gm = tidy_(gm)
+    gm = _flat(tidy_(gm))
     gm.meta['fixed_batch'] = fixed
     gm.meta['floats'] = dict(sim.placement.floats) if sim is not None else {}
     return gm

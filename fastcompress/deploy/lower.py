@@ -57,7 +57,7 @@ def node_macs(n:fx.Node)->int: # 0 for what isn't a convolution or a linear laye
     for d in [*shape, *wshape[1:]]: per *= int(d)
     return per
 
-# %% ../../nbs/deploy/03_lower.ipynb #4c0fe1de
+# %% ../../nbs/deploy/03_lower.ipynb #e25c8aff
 class Lowering:
     "One pass over a folded reference graph"
     def __init__(self,
@@ -66,7 +66,7 @@ class Lowering:
                 ):
         self.gm,self.engine,self.graph,self.root = gm,engine,fx.Graph(),nn.Module()
         self.floats,self.bytes = {},{} # reference node -> its float node, its `Byte`
-        self.islands,self.pairs,self.macs,self.names = [],{},Counter(),set()
+        self.islands,self.pairs,self.macs,self.names,self.out_scale = [],{},Counter(),set(),None
         self.why = {(s.partition(':')[0], s.partition(':')[2].partition('.')[0]):w for s,w in gm.meta.get('floats', {}).items()}
 
 # %% ../../nbs/deploy/03_lower.ipynb #6832ea1a
@@ -139,7 +139,7 @@ def weight(self:Lowering, n, x:Byte)->tuple: # ints int8 [C, ...], scale [C], bi
     bias = get_tensor(self.gm, n.args[2]) if len(n.args)>2 and n.args[2] is not None else None
     return *safe_scales(ints, scale, bias, x.scale), bias
 
-# %% ../../nbs/deploy/03_lower.ipynb #d1f0743a
+# %% ../../nbs/deploy/03_lower.ipynb #3db90137
 @patch
 def float_of(self:Lowering, n)->fx.Node:
     "Float value of reference node `n`; dequantized, or copied if it is a stored tensor, at first use"
@@ -206,8 +206,8 @@ def run(self:Lowering)->fx.GraphModule:
         op,on_bytes = op_of(n),n.args and isinstance(n.args[0], fx.Node) and n.args[0] in self.bytes
         if n.op=='placeholder': self.floats[n] = self.graph.placeholder(n.name)
         elif n.op=='output':
-            out = fx.node.map_arg(n.args[0], self.float_of)
-            self.graph.output(out[0] if isinstance(out, (tuple, list)) and len(out)==1 else out)
+            self.graph.output(fx.node.map_arg(n.args[0], self.float_of))
+            if isinstance(n.args[0], fx.Node) and n.args[0] in self.bytes: self.out_scale = self.bytes[n.args[0]].scale
         elif n.op=='get_attr' or n in inside or op=='dequantize_channels': continue
         elif op=='quantize': self.emit_quantize(n, matched)
         elif op=='dequantize': self.bytes[n] = self.bytes[n.args[0]]
@@ -222,12 +222,19 @@ def run(self:Lowering)->fx.GraphModule:
     body.recompile()
     return body
 
-# %% ../../nbs/deploy/03_lower.ipynb #c22098e9
+# %% ../../nbs/deploy/03_lower.ipynb #4f905ae5
 class IntegerModel(nn.Module):
     "A model lowered to an engine's integer kernels"
-    def __init__(self, body:fx.GraphModule, engine:str, islands=(), macs=None, fixed_batch=None):
+    def __init__(self,
+                 body:fx.GraphModule,       # calls of the engine's kernels
+                 engine:str,                # whose kernels
+                 islands:list,              # `Island` rows
+                 macs:dict,                 # 'int' and 'float' -> multiply-accumulates per sample
+                 fixed_batch:int|None=None, # the batch it is bound to
+                 out_scale:float|None=None, # step of the output's grid; None if the output isn't bytes
+                ):
         super().__init__()
-        self.body,self.engine,self.islands,self.macs,self.fixed_batch = body,engine,list(islands),dict(macs or {}),fixed_batch
+        self.body,self.engine,self.islands,self.macs,self.fixed_batch,self.out_scale = body,engine,islands,dict(macs),fixed_batch,out_scale
         self.anchor = nn.Parameter(torch.zeros(0), requires_grad=False)
         self.eval()
 
@@ -250,7 +257,7 @@ def lower(gm:fx.GraphModule,  # reference graph, from `capture`
     fold_bn_(fold_constants_(gm))
     low = Lowering(gm, engine)
     with use_engine(engine.name): body = low.run()
-    return IntegerModel(body, engine.name, low.islands, low.macs, gm.meta.get('fixed_batch')), gm, low.pairs
+    return IntegerModel(body, engine.name, low.islands, low.macs, gm.meta.get('fixed_batch'), low.out_scale), gm, low.pairs
 
 def to_integer(model:nn.Module,  # simulated and calibrated
                x,                # example input: tensor or tuple, batch first
