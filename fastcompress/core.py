@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['near', 'Registry', 'check_fraction', 'weight_layers', 'layer_names', 'match_layers', 'eval_mode', 'plain', 'as_args',
-           'fork_rng', 'check_writable', 'atomic_dir', 'progress']
+           'fork_rng', 'use_threads', 'check_writable', 'atomic_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #df4b4b65
 import os,shutil,sys,tempfile
@@ -119,6 +119,15 @@ def fork_rng(seed:int=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+# %% ../nbs/00_core.ipynb #0a2f74fa
+@contextmanager
+def use_threads(n:int):
+    "Let torch use `n` threads inside the block"
+    was = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(was)
 
 # %% ../nbs/00_core.ipynb #42e2fcb9
 def check_writable(path,      # folder that will be created or replaced

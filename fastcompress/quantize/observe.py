@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['observers', 'weight_observers', 'MinMax', 'Histogram', 'mse_range', 'minmax_amax', 'mse_amax', 'weight_qparams']
 
-# %% ../../nbs/quantize/01_observe.ipynb #68939115
+# %% ../../nbs/quantize/01_observe.ipynb #e83e4078
 import math
 
 import torch
 from torch import Tensor
 
-from ..core import Registry
+from ..core import Registry, use_threads
 from .affine import QParams, min_scale, symmetric_qparams
 
 # %% ../../nbs/quantize/01_observe.ipynb #f4651a55
@@ -23,23 +23,24 @@ def _finite_range(x:Tensor)->tuple[float,float]:
     if not (abs(lo)<float('inf') and abs(hi)<float('inf')): raise ValueError(f"activations hold nan or inf (range {lo} to {hi}).")
     return lo, hi
 
-# %% ../../nbs/quantize/01_observe.ipynb #50045fe5
+# %% ../../nbs/quantize/01_observe.ipynb #d1cea7a3
 @observers('minmax')
 class MinMax:
     "The smallest and the largest value seen"
     def __init__(self): self.lo = self.hi = None
-    def update_(self, x:Tensor):
+    def update_(self, x:Tensor)->tuple[float,float]: # range of this batch
         "Look at one more batch, any shape"
-        if x.numel()==0: return
+        if x.numel()==0: return 0., 0.
         lo,hi = _finite_range(x.detach())
         self.lo = lo if self.lo is None else min(self.lo, lo)
         self.hi = hi if self.hi is None else max(self.hi, hi)
+        return lo, hi
     def range(self, qmin:int=0, qmax:int=255)->tuple[float,float]:
         "The range seen. `ValueError` if nothing was"
         if self.lo is None: raise ValueError("nothing was observed: calibrate on at least one batch.")
         return self.lo, self.hi
 
-# %% ../../nbs/quantize/01_observe.ipynb #95246b98
+# %% ../../nbs/quantize/01_observe.ipynb #11ea4c2c
 @observers('histogram', 'mse')
 class Histogram:
     "Counts over [-R, R), R doubling as batches exceed it; answers with the range of least squared error"
@@ -51,12 +52,13 @@ class Histogram:
         "Look at one more batch, any shape"
         if x.numel()==0: return
         x = x.detach().flatten().float()
-        self.minmax.update_(x)
-        amax = max(abs(o) for o in _finite_range(x))
-        if amax==0: return
+        lo,hi = self.minmax.update_(x)
+        amax = max(-lo, hi)
+        if amax<=0: return
         if self.r is None: self.r = 2.**math.floor(math.log2(amax)+1)
         while amax>=self.r: self._widen()
-        self.counts += torch.histc(x[x!=0], len(self.counts), -self.r, self.r).double().cpu()
+        self.counts += torch.histc(x, len(self.counts), -self.r, self.r).double().cpu()
+        self.counts[len(self.counts)//2] -= len(x)-torch.count_nonzero(x).item() # the bin that begins at zero
 
     def _widen(self):
         pairs,quarter = self.counts.view(-1, 2).sum(1),self.counts.new_zeros(len(self.counts)//4)
@@ -102,7 +104,7 @@ def mse_range(centres:Tensor,  # values, [B] float64
         best_lo = los[_errors(centres, counts, los, best_hi.expand(17), steps).argmin()]
     return best_lo.item(), best_hi.item()
 
-# %% ../../nbs/quantize/01_observe.ipynb #a3e0e507
+# %% ../../nbs/quantize/01_observe.ipynb #6c253312
 weight_observers = Registry('weight observer')
 
 @weight_observers('minmax')
@@ -117,6 +119,10 @@ def mse_amax(w:Tensor, # [C, -1], one row per channel
              qmax:int, # largest integer
             )->Tensor: # [C]
     "The clipping magnitude of least squared error for each row, coarse search and three refinements"
+    rows = max(1, 2**15//w.shape[1]) # as many at a time as stay in the processor's cache
+    with use_threads(1): return torch.cat([_mse_amax(o, qmax) for o in w.split(rows)])
+
+def _mse_amax(w, qmax):
     top = w.abs().amax(1)
     best,width = torch.ones_like(top),0.9
     def _err(a):
