@@ -248,7 +248,7 @@ def report():
     rep = Report('Net <1>', 'a "test" & more', env={'torch':'2'})
     rep.add('float', accuracy=.98, samples=1000, params=1000, nonzero=1000, macs=5000, bytes=4000, compressed=3900, subnormals=0,
             latency=Latency('float', tuple(2*t for t in turns)), sqnr=inf)
-    rep.add('sparse', accuracy=.90, samples=1000, sparsity_requested=.9, sparsity=.8, params=1000, nonzero=250, macs=5000, bytes=4000,
+    rep.add('sparse', accuracy=.90, samples=1000, sparsity_requested=.9, sparsity_obtained=.8, params=1000, nonzero=250, macs=5000, bytes=4000,
             compressed=1000, latency=Latency('sparse', tuple(2*t for t in turns[1:]+turns[:1])), subnormals=3)
     rep.add('int8 file', accuracy=.977, samples=1000, accuracy_simulated=.99, params=1000, bytes=1000, compressed=800,
             latency=Latency('int8 file', tuple(3*t for t in turns)), sqnr=20.)

@@ -6,7 +6,7 @@
 __all__ = ['formats', 'scriptable_', 'save_ptl', 'export_float', 'ExportReport', 'export_mobile', 'MobileModel', 'load_mobile',
            'predict_fresh']
 
-# %% ../../nbs/deploy/04_mobile.ipynb #e6e4102e
+# %% ../../nbs/deploy/04_mobile.ipynb #017bee90
 import copy,hashlib,json,subprocess,sys,tempfile,warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from .. import __version__
 from ..core import Registry, as_args, atomic_dir, check_writable, eval_mode, plain
 from .capture import capture, op_of
-from .engines import engines, use_engine
+from .engines import Packed, engines, use_engine
 from .fold import fold_bn_, fold_constants_
 from .lower import Island, check_ops, lower
 from ..measure.count import flush_subnormals_, n_subnormal
@@ -72,13 +72,15 @@ def export_float(model:nn.Module,
     save_ptl(scriptable_(gm), path, as_args(x))
     return Path(path)
 
-# %% ../../nbs/deploy/04_mobile.ipynb #385e3eb8
+# %% ../../nbs/deploy/04_mobile.ipynb #23506138
 @dataclass
 class ExportReport:
     "What was written, what was verified, what stayed in float"
     path:str            # the bundle
     engine:str          # whose kernels
     bytes:int           # of the model file
+    params:int          # numbers stored: integer weights, biases, tensors of float islands
+    nonzero:int         # those that are not zero
     int_share:float     # part of the convolutions' and linear layers' MACs on integers, 0 to 1
     islands:list        # `Island` rows
     ops:int             # operations compared with their simulation
@@ -109,11 +111,16 @@ class ExportReport:
         return '\n'.join(rows)
     __repr__ = __str__
 
-# %% ../../nbs/deploy/04_mobile.ipynb #e11bdde1
+# %% ../../nbs/deploy/04_mobile.ipynb #855f21cc
 formats = Registry('format')
 formats['ptl'] = 'model.ptl'
 
 def _sha(path)->str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+def _stored(im)->tuple[int,int]: # elements, non-zero elements
+    "Numbers that an integer model stores"
+    ts = [t for m in im.modules() if isinstance(m, Packed) for t in (m.integers()[0], m.integers()[2])] + list(im.body.buffers())
+    return sum(t.numel() for t in ts), sum(int(t.count_nonzero()) for t in ts)
 
 def _tuple(o): return tuple(o) if isinstance(o, (tuple, list)) else (o,)
 
@@ -174,7 +181,7 @@ def export_mobile(model:nn.Module,      # float, or simulated and calibrated
             was,simulation(model).mode = simulation(model).mode,'off'
             try: y_float = plain(model(*args))
             finally: simulation(model).mode = was
-        report = ExportReport(str(path), eng.name, (tmp/formats[format]).stat().st_size, im.int_share, im.islands, len(checks),
+        report = ExportReport(str(path), eng.name, (tmp/formats[format]).stat().st_size, *_stored(im), im.int_share, im.islands, len(checks),
             max((c.steps for c in checks), default=0), sum(c.share for c in checks)/max(len(checks), 1), sqnr(y_sim, y), sqnr(y_float, y),
             agreement(y_float, y) if isinstance(y, Tensor) and y.ndim==2 else None, flushed, how, im.fixed_batch)
         (tmp/'report.json').write_text(json.dumps({**report.to_dict(), 'path':path.name}, indent=1))

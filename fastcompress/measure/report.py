@@ -47,13 +47,14 @@ def nbytes(v): return human(v, 'B')
 def decibel(v): return 'exact' if v==math.inf else f'{v:.1f} dB'
 def spread(v): return f'{v.median:.3g} ms ({v.q1:.3g}–{v.q3:.3g})' if isinstance(v, Latency) else f'{v:.3g} ms'
 
-# %% ../../nbs/measure/03_report.ipynb #28f9f520
+# %% ../../nbs/measure/03_report.ipynb #bbb07a5e
 def times(less, more):
     "Comparison by ratio: 3.95× `less` where the value shrank, 1.2× `more` where it grew"
     def _versus(v, base):
         if v==base: return 'same', None
         if not v or not base: return '', None
         r = base/v
+        if abs(r-1)<0.005: return 'same', None
         return (f'{r:.2f}× {less}', True) if r>1 else (f'{1/r:.2f}× {more}', False)
     return _versus
 
@@ -70,7 +71,7 @@ def speed(v, base):
     r = ratio(base, v).median
     return (f'{r:.2f}× faster', True) if who==v.name else (f'{1/r:.2f}× slower', False)
 
-# %% ../../nbs/measure/03_report.ipynb #378eba5e
+# %% ../../nbs/measure/03_report.ipynb #cadda3a1
 for c in [
     Column('accuracy', 'Accuracy', percent, 'of this very model or file, on the validation set', points),
     Column('accuracy_simulated', 'Accuracy, simulated', percent, 'of the float model that imitates the integers', points),
@@ -80,10 +81,11 @@ for c in [
     Column('bytes', 'Bytes on disk', nbytes, 'the file that ships', times('smaller', 'larger')),
     Column('compressed', 'Bytes compressed', nbytes, 'after deflate, as an app store does', times('smaller', 'larger')),
     Column('latency', 'Latency', spread, 'median and middle half, in turns with the others', speed),
-    Column('sparsity_requested', 'Zero weights, asked for', percent, 'share of the weights of the layers chosen')]: columns[c.key] = c
+    Column('sparsity_requested', 'Zero weights, asked for', percent, 'share of the weights of the layers chosen'),
+    Column('sparsity_obtained', 'Zero weights, obtained', percent, 'share of the weights of the layers chosen, counted')]: columns[c.key] = c
 
-# %% ../../nbs/measure/03_report.ipynb #0eb0a0ed
-@column('sparsity', 'Zero weights, obtained', percent, 'share of zeros in convolutions and linears')
+# %% ../../nbs/measure/03_report.ipynb #28d1c00a
+@column('sparsity', 'Zero weights, all layers', percent, 'share of zeros in convolutions and linears')
 def _sparsity(model, x):
     ws = [m.weight for m in weight_layers(model).values()]
     n = sum(w.numel() for w in ws)
@@ -205,11 +207,11 @@ def _tiny(report):
     for r,v in report.rows.items():
         if v.get('subnormals'): yield f"{r}: {v['subnormals']:,} subnormal numbers can make it many times slower on a CPU. flush_subnormals_(model) sets them to zero."
 
-# %% ../../nbs/measure/03_report.ipynb #6cb4eefe
+# %% ../../nbs/measure/03_report.ipynb #65354b3f
 @remarks('requested')
 def _requested(report):
     for r,v in report.rows.items():
-        a,b = v.get('sparsity_requested'), v.get('sparsity')
+        a,b = v.get('sparsity_requested'), v.get('sparsity_obtained', v.get('sparsity'))
         if a is not None and b is not None and abs(a-b)>=0.005: yield f"{r}: {percent(a)} zeros were asked for, {percent(b)} obtained."
 
 @remarks('speed')
