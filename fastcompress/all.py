@@ -1,0 +1,26 @@
+"""Everything a notebook needs: `from fastcompress.all import *`, after `from fastai.vision.all import *`.
+
+Written by hand, like fastai's own `all` modules: it lists the public names, so that a star import brings no helper
+of ours over a name of yours."""
+from .callback.quantize import PTQCallback, calibration_batches
+from .callback.sparsify import SparsifyCallback, release_masks
+from .core import layer_names, match_layers, weight_layers
+from .data import digits
+from .deploy.capture import capture
+from .deploy.engines import engines, use_engine
+from .deploy.lower import IntegerModel, check_ops, to_integer
+from .deploy.mobile import ExportReport, MobileModel, export_float, export_mobile, load_mobile, predict_fresh
+from .measure.count import (compressed_bytes, count_macs, file_bytes, flush_subnormals_, macs_by_layer, n_nonzero, n_params,
+                            n_subnormal, sparsity_by_layer)
+from .measure.latency import Latency, faster, ratio, time_interleaved
+from .measure.quality import agreement, sqnr, steps_apart
+from .measure.report import Report, column, compare, measure
+from .prune.mask import apply_masks_, covered_layers, select_masks, sparsity_of
+from .prune.schedule import schedules, sparsity_at
+from .prune.score import criteria
+from .quantize.affine import QParams, affine_qparams, dequantize, fake_quant, quantize, symmetric_qparams
+from .quantize.observe import observers, weight_observers
+from .quantize.simulate import calibrate_, profiles, release_, sim_mode, simulate_, simulation, site_sqnr
+from .study.plots import plot_schedule, plot_sparsity, plot_sqnr, plot_weights
+
+__all__ = [n for n,o in list(globals().items()) if not n.startswith('_') and getattr(o, '__module__', '').startswith(__package__)]

@@ -1,0 +1,1 @@
+"Zeros and missing channels: schedules, scores, masks, removal."
