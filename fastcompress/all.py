@@ -1,7 +1,7 @@
-"""Everything a notebook needs: `from fastcompress.all import *`, after `from fastai.vision.all import *`.
+"Everything a notebook needs: `from fastcompress.all import *`, after `from fastai.vision.all import *`"
+# Written by hand, like fastai's own `all` modules. It lists the public names one by one, so that a star import
+# brings no helper of ours over a name of yours.
 
-Written by hand, like fastai's own `all` modules: it lists the public names, so that a star import brings no helper
-of ours over a name of yours."""
 from .callback.quantize import PTQCallback, calibration_batches
 from .callback.sparsify import SparsifyCallback, release_masks
 from .core import layer_names, match_layers, weight_layers

@@ -110,8 +110,14 @@ def check_demo(arch:str, out, epochs:int, sparsity:float):
     with use_engine('qnnpack'): pass
     return demo_model(arch)
 
-# %% ../nbs/02_cli.ipynb #74f58f88
+# %% ../nbs/02_cli.ipynb #699ea6e8
 def _say(text): print(f'\n── {text}', flush=True)
+
+def _line_per_epoch(learn):
+    "Replace fastai's progress bars by one printed line per epoch"
+    from fastai.callback.progress import ProgressCallback
+    learn.remove_cbs(ProgressCallback)
+    learn.logger = lambda row: print('   ' + '  '.join(f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n,v in zip(learn.recorder.metric_names, row)), flush=True)
 
 def _accuracy(logits, y): return (logits.argmax(1)==y).float().mean().item()
 
@@ -150,11 +156,10 @@ def demo(arch:str='resnet18',           # any timm model
     report = run_demo(arch, Path(out), epochs, seed, sparsity)
     print(f'\n{report}\n\nreport  {Path(out)/"report.html"}\nbundle  {Path(out)/"phone"}')
 
-# %% ../nbs/02_cli.ipynb #ea9f3813
+# %% ../nbs/02_cli.ipynb #2310faaa
 def run_demo(arch, out, epochs, seed, sparsity):
     "The demo's steps in order; writes `out` as a whole and returns the report"
     from fastai.callback.schedule import Learner
-    from fastai.callback.progress import ProgressCallback
     from fastai.metrics import accuracy
     from fastai.torch_core import set_seed
     import fastcompress.callback.quantize # Learner.quantize and Learner.export_mobile
@@ -173,7 +178,7 @@ def run_demo(arch, out, epochs, seed, sparsity):
     set_seed(seed, reproducible=True)
     dls = digits(seed=seed)
     learn = Learner(dls, demo_model(arch), metrics=accuracy)
-    if not (sys.stdout.isatty() or in_notebook()): learn.remove_cbs(ProgressCallback) # bars are for people; a log gets a line per epoch
+    if not (sys.stdout.isatty() or in_notebook()): _line_per_epoch(learn) # bars are for people, a log gets lines
     x,y = _validation_set(dls)
     def _logits(model):
         with eval_mode(model): return torch.cat([model(b) for b in x.split(64)])
@@ -198,6 +203,7 @@ def run_demo(arch, out, epochs, seed, sparsity):
         learn.fit_one_cycle(epochs, 1e-3, cbs=cb)
         y_sparse = _row('sparse', learn.model, export_float(learn.model, x[:2], scratch/'sparse.ptl'), sparsity_requested=sparsity,
                         sparsity_obtained=sparsity_of(learn.model, covered_layers(learn.model)))
+        rep.add('sparse', agreement=agreement(y_float, y_sparse))
 
         _say('3/5  calibrating int8 from the training data')
         learn.quantize()
@@ -212,7 +218,7 @@ def run_demo(arch, out, epochs, seed, sparsity):
         lat = time_interleaved({**{k:_lite(f) for k,f in files.items()}, 'int8 file':load_mobile(tmp/'phone')}, x[:1], n=60, warmup=10, threads=1, show=True)
         for k in lat: rep.add(k, latency=lat[k])
         file = tmp/'phone'/'model.ptl'
-        rep.add('int8 file', accuracy=_accuracy(y_file, y), accuracy_simulated=_accuracy(y_sim, y), samples=len(y), agreement=agreement(y_sparse, y_file),
+        rep.add('int8 file', accuracy=_accuracy(y_file, y), accuracy_simulated=_accuracy(y_sim, y), samples=len(y), agreement=agreement(y_float, y_file),
                 sqnr=sqnr(y_sparse, y_file), bytes=file_bytes(file), compressed=compressed_bytes(file), params=ex.params, nonzero=ex.nonzero,
                 macs=rep.rows['float']['macs'], int8_macs=ex.int_share, subnormals=0, engine=ex.engine)
 
