@@ -65,7 +65,7 @@ def main(argv=None)->int: # exit status
         return 130
     return 0
 
-# %% ../nbs/02_cli.ipynb #8df4ef15
+# %% ../nbs/02_cli.ipynb #17b969b1
 def cpu_flags()->set:
     "Instruction sets that matter for int8, as far as torch can tell"
     caps = torch.backends.cpu.get_cpu_capability()
@@ -76,7 +76,7 @@ def cpu_flags()->set:
 def environment()->dict:
     "Versions and hardware that a measurement should be read with"
     cpu = next((l.partition(':')[2].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
-    return {**{k:version(k) for k in ('fastcompress','torch','fastai','timm')}, 'Python':platform.python_version(), 'CPU':cpu or platform.machine()}
+    return {'fastcompress':__version__, 'torch':torch.__version__, **{k:version(k) for k in ('fastai','timm')}, 'Python':platform.python_version(), 'CPU':cpu or platform.machine()}
 
 @commands('doctor')
 def doctor():

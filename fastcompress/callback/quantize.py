@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['calibration_dl', 'calibration_batches', 'PTQCallback', 'preprocessing']
 
-# %% ../../nbs/callback/01_quantize.ipynb #e4d961cb
+# %% ../../nbs/callback/01_quantize.ipynb #9f4e4331
 import copy,random
 
 from fastai.callback.core import Callback
@@ -16,11 +16,11 @@ from fastai.vision.augment import RandomResizedCrop, Resize
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import as_args
+from ..core import as_args, fork_rng
 from ..deploy.mobile import ExportReport, export_mobile
 from ..quantize.simulate import Simulation, calibrate_, release_, simulate_, simulation
 
-# %% ../../nbs/callback/01_quantize.ipynb #81bf7cdb
+# %% ../../nbs/callback/01_quantize.ipynb #5f577505
 def calibration_dl(dls:DataLoaders,
                    seed:int=0, # order of the batches
                   ):           # a DataLoader over the training items; iterating it leaves `dls` and Python's generator as they are
@@ -38,7 +38,8 @@ def calibration_batches(dls:DataLoaders,
     out = []
     state = random.getstate()
     try:
-        for b,_ in zip(calibration_dl(dls), range(n_batches)): out.append(as_args(b)[:dls.n_inp])
+        with fork_rng(): # a loader draws a seed from torch's generator
+            for b,_ in zip(calibration_dl(dls), range(n_batches)): out.append(as_args(b)[:dls.n_inp])
     finally: random.setstate(state)
     if not out: raise ValueError("no calibration data: the training loader gave no batch. Ranges of activations come from real inputs.")
     return out

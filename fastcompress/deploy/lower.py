@@ -222,7 +222,7 @@ def run(self:Lowering)->fx.GraphModule:
     body.recompile()
     return body
 
-# %% ../../nbs/deploy/03_lower.ipynb #4f905ae5
+# %% ../../nbs/deploy/03_lower.ipynb #1315117b
 class IntegerModel(nn.Module):
     "A model lowered to an engine's integer kernels"
     def __init__(self,
@@ -235,7 +235,7 @@ class IntegerModel(nn.Module):
                 ):
         super().__init__()
         self.body,self.engine,self.islands,self.macs,self.fixed_batch,self.out_scale = body,engine,islands,dict(macs),fixed_batch,out_scale
-        self.anchor = nn.Parameter(torch.zeros(0), requires_grad=False)
+        self.anchor = nn.Parameter(torch.zeros(0)) # fastai asks for the first parameter and builds an optimizer of the trainable ones
         self.eval()
 
     def forward(self, *args):

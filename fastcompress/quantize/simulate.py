@@ -57,13 +57,13 @@ class OpMode(TorchFunctionMode):
         n = self.counts[site] = self.counts.get(site, -1)+1
         return self.on_op(f'{site}.{n}' if n else site, op, func, args, kwargs)
 
-# %% ../../nbs/quantize/02_simulate.ipynb #a6f307c5
+# %% ../../nbs/quantize/02_simulate.ipynb #14b195ff
 @dataclass
 class Site:
     "One call of a torch function in a forward pass"
     name:str                                    # 'layer1.0.conv1:conv2d'
     op:str                                      # 'conv2d'
-    inputs:dict = field(default_factory=dict)   # argument position -> producer: (site name, output index), 'input', 'const' or None (unknown)
+    inputs:dict = field(default_factory=dict)   # argument position -> producer: (site name, output index), 'input', 'const' (parameters and what is computed from them) or None (unknown)
     users:list = field(default_factory=list)    # names of the sites that read the result; '' for the model's output
     shapes:list = field(default_factory=list)   # shape of each tensor in the result
     info:dict = field(default_factory=dict)     # what a profile's limits look at: other arguments
@@ -82,20 +82,21 @@ def record(model:nn.Module,
     consts = {id(t) for t in [*model.parameters(), *model.buffers()]}
     args = tuple(o.clone() if isinstance(o, Tensor) else o for o in as_args(x))
     for t in _tensors(args): origin[id(t)] = 'input'
-    def _source(t): return 'const' if id(t) in consts else origin.get(id(t))
+    def _source(t): return origin.get(id(t), 'const' if id(t) in consts else None)
     def _on_op(name, op, func, args, kwargs):
         s = sites[name] = Site(name, op)
         for i,a in enumerate(args):
             if not isinstance(a, Tensor): continue
             s.inputs[i] = _source(a)
-        for t in _tensors([args, list(kwargs.values())]):
-            src = _source(t)
+        for src in map(_source, _tensors([args, list(kwargs.values())])):
             if isinstance(src, tuple) and name not in sites[src[0]].users: sites[src[0]].users.append(name)
         if op in ('conv1d','conv2d','conv3d','linear') and len(args)>1: s.weight_shape = tuple(args[1].shape)
         s.info = dict(args=[tuple(a.shape) if isinstance(a, Tensor) else a for a in args], kwargs={k:v for k,v in kwargs.items() if not isinstance(v, Tensor)})
+        read = _tensors([args, list(kwargs.values())])
+        fixed = all(_source(t)=='const' for t in read) # computed from parameters alone, or from nothing
         out = func(*args, **kwargs)
         for i,t in enumerate(_tensors(out)):
-            origin[id(t)] = (name, i)
+            origin[id(t)] = 'const' if fixed else (name, i)
             s.shapes.append(tuple(t.shape))
             keep.append(t) # an id is only unique while its tensor lives
         return out
@@ -123,7 +124,7 @@ class Profile:
 
 profiles = Registry('profile')
 
-# %% ../../nbs/quantize/02_simulate.ipynb #8baea8e7
+# %% ../../nbs/quantize/02_simulate.ipynb #9fd15a4c
 def _arg(s:Site, i:int, name:str, default=None):
     "Argument of a recorded call, by position or name"
     a = s.info['args']
@@ -131,11 +132,12 @@ def _arg(s:Site, i:int, name:str, default=None):
 
 def _conv_limit(s):
     if isinstance(_arg(s, 4, 'padding', 0), str): return 'padding given as a string'
-    if s.inputs.get(1) is None and s.weight_shape is None: return 'its weight is not the second argument'
+    if s.inputs.get(0)=='const': return 'it reads no input, only parameters'
+    if s.inputs.get(1)!='const': return 'its weight is computed from the input'
 
 def _add_limit(s):
     if not {0,1}<=s.inputs.keys(): return 'one operand is a number'
-    if 'const' in (s.inputs[0], s.inputs[1]): return 'one operand is a parameter'
+    if 'const' in (s.inputs[0], s.inputs[1]): return 'one operand is a parameter, or computed from parameters'
     if s.info['kwargs'].get('alpha', 1)!=1 or len(s.info['args'])>2: return 'alpha is not 1'
 
 def _avg_pool_limit(s):
