@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 test: notebooks tests
 
 notebooks: $(VENV)/.installed-dev
-	$(BIN)/nbdev-test --n_workers 0 --do_print
+	$(BIN)/nbdev-test --n-workers 0 --do-print
 
 tests: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
