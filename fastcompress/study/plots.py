@@ -85,11 +85,12 @@ def _final_bars(ax, final, target, max_bars):
     ax.set(xlim=(0,1), xlabel='share of zeros at the end' if len(names)==len(final) else f'the {len(names)} extremes of {len(final)} layers')
     ax.invert_yaxis()
 
-# %% ../../nbs/study/00_plots.ipynb #f7f7d73d
+# %% ../../nbs/study/00_plots.ipynb #2bf0a842
 def plot_weights(w,                  # weight tensor, any shape
                  scale:float=None,   # step of the integer grid; None draws none
                  zero_point:int=0,   # the integer that stands for 0
-                 bits:int=8,         # the grid is the 2**bits signed integers
+                 bits:int=8,         # width of the signed grid
+                 narrow:bool=True,   # without the lowest integer, as this library quantizes weights: -127..127 for 8 bits
                  title:str=None,     # None states the share of zeros and of clipped weights
                  bins:int=80,
                 )->Figure:
@@ -100,14 +101,14 @@ def plot_weights(w,                  # weight tensor, any shape
     found = [f'{1-nz.numel()/w.numel():.0%} of {w.numel():,} weights are zero']
     fig,ax = _figure(7, 3)
     if nz.numel(): ax.hist(nz.numpy(), bins=bins, color='C0')
-    if scale is not None: found.append(_draw_grid(ax, nz, float(scale), zero_point, bits))
-    ax.set(yscale='log', xlabel='weight' if scale is None else f'weight; ticks: the {2**bits} points of the {bits}-bit grid',
+    if scale is not None: found.append(_draw_grid(ax, nz, float(scale), zero_point, bits, narrow))
+    ax.set(yscale='log', xlabel='weight' if scale is None else f'weight; ticks: the {2**bits-narrow} points of the {bits}-bit grid',
            ylabel='count', title=title or ', '.join(found))
     return fig
 
-def _draw_grid(ax, nz, scale, zero_point, bits):
+def _draw_grid(ax, nz, scale, zero_point, bits, narrow):
     "Ticks at the grid's points, lines at its ends; the words for the title"
-    grid = (torch.arange(-2**(bits-1), 2**(bits-1)) - zero_point)*scale
+    grid = (torch.arange(-2**(bits-1)+narrow, 2**(bits-1)) - zero_point)*scale
     ax.plot(grid, torch.zeros_like(grid), '|', color='C3', markersize=9, markeredgewidth=.7, transform=ax.get_xaxis_transform(), clip_on=False)
     for end in (grid[0], grid[-1]): ax.axvline(float(end), color='C3', linewidth=1, linestyle='--')
     out = ((nz < grid[0]-scale/2) | (nz > grid[-1]+scale/2)).float().mean() if nz.numel() else torch.zeros(())
