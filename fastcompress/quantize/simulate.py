@@ -229,23 +229,24 @@ def place(sites:dict[str,Site], # from `record`
         else: p.floats[s.name] = why or {'norm':'no convolution or linear layer before it to fold into'}.get(role, 'what it reads is in float')
     return p
 
-# %% ../../nbs/quantize/02_simulate.ipynb #e91df508
-_lib = torch.library.Library('fastcompress', 'DEF')
-_lib.define('quantize(Tensor x, float scale, int zero_point, int qmin, int qmax, str name) -> Tensor')
-_lib.define('dequantize(Tensor q, float scale, int zero_point) -> Tensor')
-_lib.define('quantize_channels(Tensor w, Tensor scale, int qmin, int qmax, str name) -> Tensor')
-_lib.define('dequantize_channels(Tensor q, Tensor scale) -> Tensor')
-
+# %% ../../nbs/quantize/02_simulate.ipynb #2358095e
 def _per_tensor(scale, zero_point, qmin=0, qmax=255):
     return QParams(torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32), qmin, qmax)
 def _per_channel(scale, qmin=-127, qmax=127):
     return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), qmin, qmax, 0)
 
-def _impl(name, f): _lib.impl(name, f, 'CompositeExplicitAutograd')
-_impl('quantize', lambda x, scale, zero_point, qmin, qmax, name: quantize(x, _per_tensor(scale, zero_point, qmin, qmax)))
-_impl('dequantize', lambda q, scale, zero_point: dequantize(q, _per_tensor(scale, zero_point)))
-_impl('quantize_channels', lambda w, scale, qmin, qmax, name: quantize(w, _per_channel(scale, qmin, qmax)))
-_impl('dequantize_channels', lambda q, scale: dequantize(q, _per_channel(scale)))
+def _register(name, schema, f):
+    "Register an operation in torch's library, once per process"
+    if hasattr(torch.ops.fastcompress, name): return
+    torch.library.define(f'fastcompress::{name}', schema)
+    torch.library.impl(f'fastcompress::{name}', 'default', f)
+
+_register('quantize', '(Tensor x, float scale, int zero_point, int qmin, int qmax, str name) -> Tensor',
+          lambda x, scale, zero_point, qmin, qmax, name: quantize(x, _per_tensor(scale, zero_point, qmin, qmax)))
+_register('dequantize', '(Tensor q, float scale, int zero_point) -> Tensor', lambda q, scale, zero_point: dequantize(q, _per_tensor(scale, zero_point)))
+_register('quantize_channels', '(Tensor w, Tensor scale, int qmin, int qmax, str name) -> Tensor',
+          lambda w, scale, qmin, qmax, name: quantize(w, _per_channel(scale, qmin, qmax)))
+_register('dequantize_channels', '(Tensor q, Tensor scale) -> Tensor', lambda q, scale: dequantize(q, _per_channel(scale)))
 
 # %% ../../nbs/quantize/02_simulate.ipynb #2a2a6e3e
 class Quantizer(nn.Module):
