@@ -40,13 +40,15 @@ class MinMax:
         if self.lo is None: raise ValueError("nothing was observed: calibrate on at least one batch.")
         return self.lo, self.hi
 
-# %% ../../nbs/quantize/01_observe.ipynb #11ea4c2c
+# %% ../../nbs/quantize/01_observe.ipynb #a261f074
 @observers('histogram', 'mse')
 class Histogram:
     "Counts over [-R, R), R doubling as batches exceed it; answers with the range of least squared error"
     def __init__(self,
-                 bins:int=8192, # multiple of 4
-                ): self.minmax,self.r,self.counts = MinMax(),None,torch.zeros(bins, dtype=torch.float64)
+                 bins:int=8192, # a power of two, so that finding a number's bin involves no rounding
+                ):
+        if bins<4 or bins&(bins-1): raise ValueError(f"bins must be a power of two and at least 4, got {bins}.")
+        self.minmax,self.r,self.counts = MinMax(),None,torch.zeros(bins, dtype=torch.float64)
 
     def update_(self, x:Tensor):
         "Look at one more batch, any shape"
@@ -57,8 +59,10 @@ class Histogram:
         if amax<=0: return
         if self.r is None: self.r = 2.**math.floor(math.log2(amax)+1)
         while amax>=self.r: self._widen()
-        self.counts += torch.histc(x, len(self.counts), -self.r, self.r).double().cpu()
-        self.counts[len(self.counts)//2] -= len(x)-torch.count_nonzero(x).item() # the bin that begins at zero
+        n = len(self.counts)
+        bins = torch.floor(x*(n/(2*self.r))).int() + n//2
+        self.counts += torch.bincount(bins, minlength=n).cpu()
+        self.counts[n//2] -= len(x)-torch.count_nonzero(x).item() # the bin that begins at zero
 
     def _widen(self):
         pairs,quarter = self.counts.view(-1, 2).sum(1),self.counts.new_zeros(len(self.counts)//4)
