@@ -6,11 +6,11 @@
 __all__ = ['formats', 'scriptable_', 'save_ptl', 'export_float', 'ExportReport', 'export_mobile', 'MobileModel', 'load_mobile',
            'predict_fresh']
 
-# %% ../../nbs/deploy/04_mobile.ipynb #017bee90
+# %% ../../nbs/deploy/04_mobile.ipynb #8ee5637a
 import copy,hashlib,json,subprocess,sys,tempfile,warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from .fold import fold_bn_, fold_constants_
 from .lower import Island, check_ops, lower
 from ..measure.count import flush_subnormals_, n_subnormal
 from ..measure.quality import agreement, sqnr
-from ..quantize.simulate import calibrate_, release_, simulate_, simulation
+from ..quantize.simulate import calibrate_, release_, sim_mode, simulate_, simulation
 
 # %% ../../nbs/deploy/04_mobile.ipynb #d11acf67
 @contextmanager
@@ -111,7 +111,7 @@ class ExportReport:
         return '\n'.join(rows)
     __repr__ = __str__
 
-# %% ../../nbs/deploy/04_mobile.ipynb #855f21cc
+# %% ../../nbs/deploy/04_mobile.ipynb #f39eb8dd
 formats = Registry('format')
 formats['ptl'] = 'model.ptl'
 
@@ -178,9 +178,7 @@ def export_mobile(model:nn.Module,      # float, or simulated and calibrated
         if labels is not None: (tmp/'labels.txt').write_text('\n'.join(map(str, labels))+'\n')
         with eval_mode(model):
             y_sim = plain(model(*args))
-            was,simulation(model).mode = simulation(model).mode,'off'
-            try: y_float = plain(model(*args))
-            finally: simulation(model).mode = was
+            with sim_mode(model, 'off'): y_float = plain(model(*args))
         report = ExportReport(str(path), eng.name, (tmp/formats[format]).stat().st_size, *_stored(im), im.int_share, im.islands, len(checks),
             max((c.steps for c in checks), default=0), sum(c.share for c in checks)/max(len(checks), 1), sqnr(y_sim, y), sqnr(y_float, y),
             agreement(y_float, y) if isinstance(y, Tensor) and y.ndim==2 else None, flushed, how, im.fixed_batch)

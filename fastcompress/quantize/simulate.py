@@ -6,7 +6,7 @@
 __all__ = ['profiles', 'op_name', 'OpMode', 'Site', 'record', 'Profile', 'Spot', 'Placement', 'place', 'Quantizer', 'Simulation',
            'simulation', 'release_', 'simulate_', 'sim_mode', 'calibrate_', 'site_sqnr']
 
-# %% ../../nbs/quantize/02_simulate.ipynb #dac0e885
+# %% ../../nbs/quantize/02_simulate.ipynb #010ca754
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from ..core import Registry, as_args, eval_mode, plain, progress
+from ..measure.quality import sqnr
 from .affine import QParams, affine_qparams, dequantize, fake_quant, int_range, quantize
 from .observe import observers, weight_qparams
 
@@ -429,7 +430,7 @@ def calibrate_(model:nn.Module,   # simulated
 
 def _n_total(batches, n): return min(len(batches), n) if hasattr(batches, '__len__') else n
 
-# %% ../../nbs/quantize/02_simulate.ipynb #6e7a05ed
+# %% ../../nbs/quantize/02_simulate.ipynb #a9b1effa
 def site_sqnr(model:nn.Module, # simulated and calibrated
               x,               # input batch: tensor or tuple
              )->dict[str,float]: # site name -> dB
@@ -441,7 +442,4 @@ def site_sqnr(model:nn.Module, # simulated and calibrated
             try: model(*as_args(x))
             finally: probe,sim.probe = sim.probe,None
             probes.append(probe)
-    def _db(a, b):
-        a,b = a.double(),b.double()
-        return (10*torch.log10(a.square().sum()/(a-b).square().sum())).item()
-    return {n:_db(a, probes[1][n]) for n,a in probes[0].items()}
+    return {n:sqnr(a, probes[1][n]) for n,a in probes[0].items()}
