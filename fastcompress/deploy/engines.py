@@ -6,10 +6,10 @@
 __all__ = ['engines', 'kernels', 'use_engine', 'Packed', 'QConv2d', 'QLinear', 'safe_scales', 'Byte', 'Engine', 'conv2d',
            'linear', 'add', 'average']
 
-# %% ../../nbs/deploy/02_engines.ipynb #4325e3e7
+# %% ../../nbs/deploy/02_engines.ipynb #d3b6b6a5
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['fold_constants_', 'fold_bn_']
 
-# %% ../../nbs/deploy/01_fold.ipynb #e3356ba5
+# %% ../../nbs/deploy/01_fold.ipynb #2ab638cf
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .capture import clean_, get_tensor, layer_of, op_of, put
 

@@ -6,7 +6,7 @@
 __all__ = ['profiles', 'op_name', 'OpMode', 'Site', 'record', 'Profile', 'Spot', 'Placement', 'place', 'Quantizer', 'Simulation',
            'simulation', 'release_', 'simulate_', 'sim_mode', 'calibrate_', 'site_sqnr']
 
-# %% ../../nbs/quantize/02_simulate.ipynb #010ca754
+# %% ../../nbs/quantize/02_simulate.ipynb #20b76a9e
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from ..core import Registry, as_args, eval_mode, plain, progress
+from ..core import Registry, as_args, eval_mode, progress
 from ..measure.quality import sqnr
 from .affine import QParams, affine_qparams, dequantize, fake_quant, int_range, quantize
 from .observe import observers, weight_qparams
