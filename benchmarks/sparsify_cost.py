@@ -1,12 +1,15 @@
-"""What SparsifyCallback costs: epoch time with it over epoch time without, and under held masks over without.
+"""What SparsifyCallback costs: epoch time with it over epoch time without, held masks over none, and fasterai 0.4.1 beside it.
 
-Each round trains one fit of every kind, in rotating order, and divides inside the round; the table shows the ratios
-of all rounds (median, minimum, maximum). A first round is thrown away. Validation is left out of the fits. On a busy
-machine --cpu divides processor time instead of elapsed time.
+Each round trains one fit of every kind, in rotating order, and divides inside the round; the table shows the ratios of all rounds
+(median, minimum, maximum). A first round is thrown away. Validation is left out of the fits. On a busy machine --cpu divides
+processor time instead of elapsed time. Peak memory is the largest resident set of a fresh process that runs one fit, less that of
+one that runs a plain fit (median of --mem-rounds pairs).
 
-    python benchmarks/sparsify_cost.py [--rounds 5] [--epochs 2] [--models small,resnet18] [--size 32] [--threads 0] [--cpu]
+    pip install fasterai==0.4.1
+    python benchmarks/sparsify_cost.py --out benchmarks/results/sparsify_cost.md
 """
-import argparse, random, statistics, time, warnings
+import argparse, json, random, resource, statistics, subprocess, sys, time, warnings
+from pathlib import Path
 warnings.filterwarnings('ignore')
 import timm, torch
 from fastai.callback.core import Callback, CancelValidException
@@ -15,6 +18,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 from fastcompress.callback.sparsify import SparsifyCallback
 from fastcompress.data import digits
+from peers import fasterai_callback
 
 class NoValid(Callback):
     order = -20
@@ -24,41 +28,67 @@ def small():
     def conv(i, o, s): return nn.Sequential(nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     return nn.Sequential(conv(3,32,1), conv(32,64,2), conv(64,64,1), conv(64,128,2), conv(128,128,1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128,10))
 
-MODELS = dict(small=small, resnet18=lambda: timm.create_model('resnet18', num_classes=10))
-KINDS = dict(none=lambda: None, glob=lambda: SparsifyCallback(.8), local=lambda: SparsifyCallback(.8, scope='local'), held=lambda: SparsifyCallback(.8))
+MODELS = {'small': small, 'resnet18': lambda: timm.create_model('resnet18', num_classes=10)}
+KINDS = {'none': lambda: None, 'global': lambda: SparsifyCallback(.8), 'local': lambda: SparsifyCallback(.8, scope='local'),
+         'global, no regrow': lambda: SparsifyCallback(.8, regrow=False), 'held': lambda: None,
+         'fasterai global': lambda: fasterai_callback(.8, 'global'), 'fasterai local': lambda: fasterai_callback(.8, 'local')}
 
 def fit(model, dls, kind, epochs, clock=time.perf_counter):
-    "Seconds of one fit; for 'held', of a plain fit after a sparse one"
+    "Seconds of one fit and changes of masks; for 'held', of a plain fit after a sparse one"
     set_seed(0); dls.train.rng = random.Random(0)
     learn = Learner(dls, MODELS[model](), cbs=NoValid)
     learn.remove_cb(learn.progress); learn.logger = lambda o: None
+    if kind=='held': learn.fit(1, 1e-3, cbs=SparsifyCallback(.8, 'one_shot'))
     cb = KINDS[kind]()
-    if kind=='held': learn.fit(1, 1e-3, cbs=SparsifyCallback(.8, 'one_shot')); cb = None
     start = clock()
     learn.fit(epochs, 1e-3, cbs=cb)
-    return clock()-start, len(cb.history) if cb else 0
+    return clock()-start, len(getattr(cb, 'history', ()))
+
+def peak(model, kind, a):
+    "Largest resident set of a fresh process, MB"
+    out = subprocess.run([sys.executable, __file__, '--peak', model, kind, '--size', str(a.size), '--bs', str(a.bs), '--epochs', '1'], capture_output=True, text=True, check=True)
+    return json.loads(out.stdout.splitlines()[-1])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--rounds', type=int, default=5); p.add_argument('--epochs', type=int, default=2)
+    p.add_argument('--rounds', type=int, default=5); p.add_argument('--epochs', type=int, default=8)
     p.add_argument('--models', default='small,resnet18'); p.add_argument('--size', type=int, default=32)
     p.add_argument('--bs', type=int, default=64); p.add_argument('--threads', type=int, default=0)
-    p.add_argument('--cpu', action='store_true')
+    p.add_argument('--mem-rounds', type=int, default=3); p.add_argument('--cpu', action='store_true')
+    p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS); p.add_argument('--out')
     a = p.parse_args()
     if a.threads: torch.set_num_threads(a.threads)
     dls = digits(size=a.size, bs=a.bs)
-    print(f'{torch.get_num_threads()} threads, {a.epochs} epochs of {len(dls.train)} steps, batch {a.bs}, {a.size} px, {a.rounds} rounds, {"processor" if a.cpu else "elapsed"} time')
-    print(f"{'model':10s}{'kind':8s}{'median':>8s}{'min':>8s}{'max':>8s}{'updates':>9s}{'s/step without':>16s}")
+    if a.peak:
+        fit(a.peak[0], dls, a.peak[1], a.epochs)
+        return print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
+    lines = []
+    def say(s): print(s, flush=True); lines.append(s)
+    say(f'{torch.get_num_threads()} threads, {a.epochs} epochs of {len(dls.train)} steps, batch {a.bs}, {a.size} px, {a.rounds} rounds, {"processor" if a.cpu else "elapsed"} time, 80% of the weights\n')
+    say('| model | callback | time / none: median | min | max | changes of masks | none, ms a step |\n|---|---|---|---|---|---|---|')
     for model in a.models.split(','):
         times,updates = {k:[] for k in KINDS},{}
         for r in range(a.rounds+1):
-            kinds = list(KINDS); kinds = kinds[r%4:]+kinds[:r%4]
+            kinds = list(KINDS); kinds = kinds[r%len(kinds):]+kinds[:r%len(kinds)]
             for k in kinds:
                 t,updates[k] = fit(model, dls, k, a.epochs, time.process_time if a.cpu else time.perf_counter)
                 if r: times[k].append(t)
-        base = statistics.median(times['none'])/(a.epochs*len(dls.train))
+        base = statistics.median(times['none'])/(a.epochs*len(dls.train))*1e3
         for k in list(KINDS)[1:]:
-            ratios = [t/b for t,b in zip(times[k], times['none'])]
-            print(f"{model:10s}{dict(glob='global').get(k,k):8s}{statistics.median(ratios):8.3f}{min(ratios):8.3f}{max(ratios):8.3f}{updates[k]:9d}{base:16.4f}", flush=True)
+            q = [t/b for t,b in zip(times[k], times['none'])]
+            say(f"| {model} | {k} | {statistics.median(q):.3f} | {min(q):.3f} | {max(q):.3f} | {updates[k] or ('none' if k=='held' else 'every step')} | {base:.1f} |")
+    say('\n| model | callback | peak memory above none, MB: median | min | max | one byte a weight, MB |\n|---|---|---|---|---|---|')
+    for model in a.models.split(',') if a.mem_rounds else []:
+        n = sum(q.numel() for q in MODELS[model]().parameters())/2**20
+        got = {k: [] for k in KINDS}
+        for _ in range(a.mem_rounds):
+            for k in KINDS: got[k].append(peak(model, k, a))
+        for k in list(KINDS)[1:]:
+            d = [x-y for x,y in zip(got[k], got['none'])]
+            say(f'| {model} | {k} | {statistics.median(d):.0f} | {min(d):.0f} | {max(d):.0f} | {n:.1f} |')
+    if a.out:
+        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+        cmd = ' '.join(o for o in ['python benchmarks/sparsify_cost.py', *sys.argv[1:]])
+        Path(a.out).write_text(f'# What SparsifyCallback costs\n\n    {cmd}\n\n' + '\n'.join(lines) + '\n')
 
 if __name__=='__main__': main()

@@ -3,7 +3,8 @@
 # brings no helper of ours over a name of yours.
 
 from .callback.quantize import PTQCallback, calibration_batches
-from .callback.sparsify import SparsifyCallback, release_masks
+from .callback.hold import hold_masks, release_masks
+from .callback.sparsify import SparsifyCallback
 from .core import layer_names, match_layers, weight_layers
 from .data import digits
 from .deploy.capture import capture
@@ -15,9 +16,11 @@ from .measure.count import (compressed_bytes, count_macs, file_bytes, flush_subn
 from .measure.latency import Latency, faster, ratio, time_interleaved
 from .measure.quality import agreement, sqnr, steps_apart
 from .measure.report import Report, column, compare, measure
-from .prune.mask import apply_masks_, covered_layers, select_masks, sparsity_of
+from .prune.allocate import allocations, anneal, erk, masked_quality
+from .prune.mask import (apply_masks_, block, covered_layers, granularities, nm, prunable, select_masks, sparse_masks, sparsity_of)
+from .prune.probe import probe
 from .prune.schedule import schedules, sparsity_at
-from .prune.score import criteria
+from .prune.score import Scores, criteria, needs
 from .quantize.affine import QParams, affine_qparams, dequantize, fake_quant, quantize, symmetric_qparams
 from .quantize.observe import observers, weight_observers
 from .quantize.simulate import calibrate_, profiles, release_, sim_mode, simulate_, simulation, site_sqnr

@@ -1,4 +1,4 @@
-"Properties of schedules, scores and exact selection that a page wouldn't show"
+"Properties of exact selection that a page wouldn't show"
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -6,41 +6,10 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from fastcompress.prune.mask import apply_masks_, covered_layers, kth_smallest, n_removed, select_masks, sparsity_of
-from fastcompress.prune.schedule import schedules, sparsity_at
 from fastcompress.prune.score import Scores
 
 unit = st.floats(0, 1)
 quick = settings(max_examples=60, deadline=None)
-
-# ---- schedule
-
-@pytest.mark.parametrize('name', list(schedules))
-@given(a=unit, b=unit)
-@quick
-def test_schedules_never_fall_and_end_at_one(name, a, b):
-    f = schedules[name]
-    a,b = sorted((a,b))
-    assert -1e-12 <= f(a) <= f(b)+1e-12 <= 1+2e-12
-    assert f(1.) == 1
-
-@pytest.mark.parametrize('name', list(schedules))
-@given(pos=st.tuples(unit, unit), ramp=st.tuples(unit, unit), s=st.tuples(unit, unit))
-@quick
-def test_sparsity_at_is_monotone_and_reaches_its_end(name, pos, ramp, s):
-    (a,b),(start,end),(s_i,s_f) = map(sorted, (pos, ramp, s))
-    at = lambda p: sparsity_at(name, p, start, end, s_i, s_f)
-    assert at(a) <= at(b)+1e-12
-    assert s_i-1e-12 <= at(a) <= s_f+1e-12
-    assert at(end) == s_f and at(1.) == s_f
-    if a < start: assert at(a) == s_i
-
-def test_zhu_gupta_is_equation_one():
-    s_i,s_f,t0,n,dt = .1,.9,20,10,5
-    for t in range(t0, t0+n*dt+1, dt):
-        want = s_f + (s_i-s_f)*(1-(t-t0)/(n*dt))**3
-        assert sparsity_at('zhu_gupta', t, t0, t0+n*dt, s_i, s_f) == pytest.approx(want, abs=1e-12)
-
-def test_a_callable_is_a_schedule(): assert sparsity_at(math.sqrt, .25) == .5
 
 # ---- selection
 

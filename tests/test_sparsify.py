@@ -247,7 +247,9 @@ def test_skipped_steps_do_not_count(learn, order):
     cb = SparsifyCallback(.8, every=1)
     learn.fit(2, 1e-3, cbs=[cb, Skip({0,1,2,9,19}, order)])
     assert cb.step == 15 and zeros(learn) == round(.8*SUM)
-    assert not {1,2,3,10,20} & {round(h[1]*20) for h in cb.history if h[0]}
+    batches = [b for b in range(1,21) if b-1 not in {0,1,2,9,19}] # after which a step was made
+    assert [h[:2] for h in cb.history] == [(0,0.)] + [(k, pytest.approx(k/(k+20-b))) for k,b in enumerate(batches, 1)][:len(cb.history)-1]
+    assert cb.history[-1][2] == .8 and cb.history[-2][1] < .75 <= cb.history[-1][1]
 
 def test_bf16_autocast(tmp_path):
     class Auto(Callback):
@@ -427,8 +429,8 @@ def test_criteria_by_name_and_as_callable(learn):
 @pytest.mark.parametrize('kwargs,words', [
     (dict(sparsity=90), 'Percent\\? Type 0.9'), (dict(sparsity='much'), 'a number from 0 to 1'), (dict(sparsity={}), 'names no layer'),
     (dict(sparsity={'1': 50}), 'Type 0.5'), (dict(schedule='zhu'), "no schedule 'zhu'"), (dict(criterion='magnitud'), "Nearest: 'magnitude'"),
-    (dict(scope='globl'), "Nearest: 'global'"), (dict(granularity='weights'), "Nearest: 'weight'"), (dict(granularity=lambda s: s), 'no granularity'),
-    (dict(start=.5, end=.5), 'must end after it starts'), (dict(end=75), 'Type 0.75'), (dict(every=0), '1 or more'), (dict(every=1.5), '1 or more')])
+    (dict(scope='globl'), "Nearest: 'global'"), (dict(granularity='weights'), "Nearest: 'weight'"), (dict(granularity='4:2'), '0 < n < m'), (dict(granularity='2:4', sparsity=.6), 'removes at most 0.5'),
+    (dict(start=.5, end=.5), 'must end after it starts'), (dict(end=75.), 'Type 0.75'), (dict(start=.1, end=75), 'both as'), (dict(end=75, epochs=3), 'not with optimizer steps'), (dict(end=75, cooldown=False), 'Leave one'), (dict(swap=30), 'Type 0.3'), (dict(every=0), '1 or more'), (dict(every=1.5), '1 or more')])
 def test_errors_at_construction(kwargs, words):
     with pytest.raises(ValueError, match=words): SparsifyCallback(**{**dict(sparsity=.5), **kwargs})
 

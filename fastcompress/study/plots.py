@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['plot_schedule', 'plot_sparsity', 'plot_weights', 'plot_sqnr']
 
-# %% ../../nbs/study/00_plots.ipynb #1c0f42ab
+# %% ../../nbs/study/00_plots.ipynb #a7b89b1f
+from functools import partial
 from math import isfinite
 
 import torch
@@ -22,26 +23,37 @@ def _figure(w=7, h=3.2, cols=1, **kwargs):
         ax.set_axisbelow(True)
     return fig, axes
 
-# %% ../../nbs/study/00_plots.ipynb #d89f7cea
-def _schedule(s):
-    if callable(s): return getattr(s, '__name__', repr(s)), s
-    from fastcompress.prune.schedule import schedules
-    return s, schedules.resolve(s)
+# %% ../../nbs/study/00_plots.ipynb #439da65b
+def _label(f):
+    if not isinstance(f, partial) or hasattr(f, '__name__'): return getattr(f, '__name__', repr(f))
+    return f"{_label(f.func)}({', '.join([*map(repr, f.args), *(f'{k}={v!r}' for k,v in f.keywords.items())])})"
 
-def plot_schedule(scheds,              # names or callables pos -> fraction; a list of these, or {label: callable}
+def _schedule(s):
+    from fastcompress.prune.schedule import schedules
+    return _label(s) if callable(s) else s, schedules.resolve(s)
+
+def _ahead(pairs, n):
+    "Who leads after a quarter; schedules that come back to dense are named if they are alone"
+    up = [p for p in pairs if not getattr(p[1], 'dense_again', False)]
+    if up:
+        label,f = max(up, key=lambda p: float(p[1](.25)))
+        return f'After a quarter, {label} has done {float(f(.25)):.0%} of the way'
+    label,f = pairs[0]
+    top,back = max(float(f(i/n)) for i in range(n+1)), next(i for i in range(n, -1, -1) if i==0 or float(f((i-1)/n))>0)/n
+    return f'{label} goes {top:.0%} of the way and is dense again from {back:.0%} on'
+
+def plot_schedule(scheds,              # names or callables pos -> fraction; a list of these, or {label: name or callable}
                   n:int=200,           # points drawn
                   title:str=None,      # None states which is ahead at one quarter
                  )->Figure:
     "Schedules as lines over the position in training"
-    if isinstance(scheds, dict): pairs = list(scheds.items())
+    if isinstance(scheds, dict): pairs = [(label, _schedule(s)[1]) for label,s in scheds.items()]
     else: pairs = [_schedule(s) for s in (scheds if isinstance(scheds, (list, tuple)) else [scheds])]
     if not pairs: raise ValueError("no schedule to plot: give a name or a callable.")
     pos = [i/(n-1) for i in range(n)]
     fig,ax = _figure(6, 3)
     for label,f in pairs: ax.plot(pos, [float(f(p)) for p in pos], label=label)
-    ahead = max(pairs, key=lambda p: float(p[1](0.25)))
-    ax.set(xlabel='position in training', ylabel='fraction of the way',
-           title=title or f'After a quarter, {ahead[0]} has done {float(ahead[1](0.25)):.0%} of the way')
+    ax.set(xlabel='position in training', ylabel='fraction of the way', title=title or _ahead(pairs, n))
     ax.legend(frameon=False)
     return fig
 
