@@ -19,11 +19,14 @@ from .measure.report import Report, column, compare, measure
 from .prune.allocate import allocations, anneal, erk, masked_quality
 from .prune.mask import (apply_masks_, block, covered_layers, granularities, nm, prunable, select_masks, sparse_masks, sparsity_of)
 from .prune.probe import probe
-from .prune.schedule import schedules, sparsity_at
+from .prune.schedule import check_schedule, exponential, iterative, one_cycle, schedules, sparsity_at
 from .prune.score import Scores, criteria, needs
 from .quantize.affine import QParams, affine_qparams, dequantize, fake_quant, quantize, symmetric_qparams
 from .quantize.observe import observers, weight_observers
 from .quantize.simulate import calibrate_, profiles, release_, sim_mode, simulate_, simulation, site_sqnr
+from .study.anneal import anneal_sparsity, plot_anneal
 from .study.plots import plot_schedule, plot_sparsity, plot_sqnr, plot_weights
+from .study.sensitivity import Sensitivity, plot_sensitivity, sensitivity
+from .study.views import sparsity_rows # and learn.plot_sparsity, learn.sparsity_summary
 
 __all__ = [n for n,o in list(globals().items()) if not n.startswith('_') and getattr(o, '__module__', '').startswith(__package__)]

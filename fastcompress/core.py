@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['near', 'Registry', 'check_fraction', 'weight_layers', 'layer_names', 'match_layers', 'eval_mode', 'plain', 'as_args',
-           'fork_rng', 'use_threads', 'check_writable', 'atomic_dir', 'progress']
+           'fork_rng', 'use_threads', 'check_writable', 'atomic_file', 'atomic_dir', 'progress']
 
 # %% ../nbs/00_core.ipynb #df4b4b65
 import os,shutil,sys,tempfile
@@ -112,12 +112,12 @@ def as_args(x)->tuple:
     x = plain(x)
     return x if isinstance(x, tuple) else (x,)
 
-# %% ../nbs/00_core.ipynb #3f9ece69
+# %% ../nbs/00_core.ipynb #5f402571
 @contextmanager
 def fork_rng(seed:int=0):
     "Seed torch's CPU generator inside the block, restore it afterwards"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed) # torch.manual_seed would seed the GPUs too
         yield
 
 # %% ../nbs/00_core.ipynb #0a2f74fa
@@ -143,6 +143,20 @@ def check_writable(path,      # folder that will be created or replaced
     try: tempfile.TemporaryFile(dir=parent).close()
     except OSError as e: raise PermissionError(f"can't write in {parent}: {e.strerror or e}. Give another folder.") from e
     return path
+
+# %% ../nbs/00_core.ipynb #b476409a
+@contextmanager
+def atomic_file(path): # file to create or replace
+    "Yield a new path beside `path`; on success rename what was written there to `path`, on failure delete it"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd,tmp = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    os.close(fd)
+    try:
+        yield Path(tmp)
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, path)
+    finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #84452e92
 @contextmanager

@@ -111,6 +111,11 @@ def test_transposed_convolutions_have_output_channels_first(nd, groups):
         out = getattr(F, f'conv_transpose{nd}d')(x, out_first_back(g, m), groups=groups)
         assert [bool((c==0).all()) for c in out[0]]==[i==o for i in range(6)]
 
+def test_statistics_are_turned_with_their_weight():
+    m = nn.ConvTranspose2d(4, 4, 2, groups=2); w,g = m.weight.detach(),rand(4, 2, 2, 2)
+    for c,stat,want in ('snip', 'grad', (w*g).abs()), ('movement', 'pull', g), ('distance', 'w0', (w-g).abs()):
+        assert torch.equal(out_first_back(Scores(dict(l=w), c, {stat: dict(l=g)}, dict(l=m))['l'], m), want)
+
 def test_other_layers_are_not_turned():
     m = nn.Conv2d(4, 6, 3, groups=2)
     assert out_first(m.weight, m) is m.weight and out_first(m.weight) is m.weight
@@ -185,7 +190,7 @@ def test_hess_grad_of_hard_sigmoid_and_attention():
     for name,kw in ('mobilenetv3_small_050', {}), ('vit_tiny_patch16_224', dict(img_size=32)):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=4, **kw)
-        ws = dict(list(weights(model).items())[-4:])
+        ws = dict(list(weights(model).items())[:5])
         h = probe(model, [(rand(2, 3, 32, 32), torch.tensor([0, 1]))], F.cross_entropy, ws, {'hess_grad'})['hess_grad']
         assert all(v.isfinite().all() and v.any() for v in h.values()), name
 
@@ -323,6 +328,10 @@ def test_norm_params_are_those_that_follow():
     close(probe(net, batches(), None, ws, {'norm_scale'})['norm_scale']['stem'], net.bn.weight.detach().abs())
     with pytest.raises(ValueError, match="follows 'short', 'fc'. Leave them out with exclude="): norm_params(net, batches(), weights(net))
 
+def test_the_first_norm_is_the_one_that_counts():
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Dropout(), nn.BatchNorm1d(4))
+    assert norm_params(net, [(rand(5, 3), ())], weights(net))['0'] is net[1].weight
+
 @pytest.mark.parametrize('name,kw,n_act,n_norm', [('resnet18', {}, 20, 20), ('mobilenetv3_small_050', {}, 42, 34), ('vit_tiny_patch16_224', dict(img_size=32), 12, 24)])
 def test_timm_models(name, kw, n_act, n_norm):
     timm = pytest.importorskip('timm')
@@ -394,9 +403,10 @@ def test_anneal_keeps_total_and_bounds(sizes, sparsity, seed, step):
 
 def test_anneal_finds_a_known_optimum_whatever_the_unit():
     ws = dict(a=torch.zeros(100), b=torch.zeros(100), c=torch.zeros(100))
-    for unit in 1e-6,1e6: # all of the cost is in 'a': nothing should go there
-        res = anneal(lambda f: -unit*f['a']**2, ws, .5, n_iter=200, show=False)
-        assert res.best['a']==0 and res.start==-unit*.25
+    small,big = [anneal(lambda f: -unit*f['a']**2, ws, .5, n_iter=200, show=False) for unit in (2**-20, 2**20)]
+    assert small.best['a']==0 and small.start==-2**-20*.25 # all of the cost is in 'a': nothing should go there
+    assert small.best==big.best and [o['taken'] for o in small.history]==[o['taken'] for o in big.history]
+    assert not all(o['taken'] for o in small.history)
 
 def test_a_temperature_of_zero_never_takes_a_step_down():
     ws = dict(a=torch.zeros(50), b=torch.zeros(50))

@@ -453,3 +453,129 @@ def test_replaced_layers_are_named(learn):
     learn.model[3] = nn.Conv2d(16,24,3); learn.model[7] = nn.Linear(24,10); learn.opt = None
     with pytest.raises(ValueError, match="layer '3'.*release_masks"): learn.fit(1, 1e-3)
     release_masks(learn); learn.fit(1, 1e-3)
+
+# ---- shapes, criteria, growth
+
+from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
+from fastcompress.prune.mask import covered_modules, n_pieces, prunable
+from fastcompress.prune.score import criteria, needs
+
+@pytest.mark.parametrize('name', [n for n,f in criteria.items()])
+def test_every_criterion_ends_at_its_target(learn, name):
+    spy,channels = Spy(),name in ('bn_scale','fpgm','apoz','mean_activation')
+    model = nn.Sequential(*[l for c in [nn.Conv2d(3,8,3,2,1), nn.Conv2d(8,16,3,1,1), nn.Conv2d(16,16,3,1,1)] for l in (c, nn.BatchNorm2d(c.out_channels), nn.ReLU())],
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,10))
+    learn.model = model; learn.create_opt()
+    before = model[1].num_batches_tracked.clone()
+    cb = SparsifyCallback(.5, criterion=name, granularity='channel' if channels else 'weight', every=3)
+    learn.fit(1, 1e-2, cbs=cb)
+    ws = covered_weights(model, ['3','6'])
+    gone = sum(int((w.flatten(1)==0).all(1).sum()) for w in ws.values()) if channels else sum(int((w==0).sum()) for w in ws.values())
+    assert gone == (16 if channels else round(.5*(8*16*9+16*16*9)))
+    assert model[1].num_batches_tracked-before == 10 # asking the network is not training it
+
+def test_a_fit_that_asks_the_network_draws_the_same_batches(tmp_path):
+    seen = []
+    class Watch(Callback):
+        run_valid = False
+        def before_batch(self): seen[-1].append((self.yb[0].tolist(), torch.initial_seed(), random.random()))
+    for criterion in 'magnitude','wanda':
+        seen.append([]); learn = learner(tmp_path)
+        learn.fit(1, 1e-3, cbs=[SparsifyCallback(.5, criterion=criterion, every=2), Watch()])
+    assert seen[0] == seen[1]
+
+@pytest.mark.parametrize('g', ['row','column','kernel','channel','input','4x4','1x16','2:4'])
+@pytest.mark.parametrize('regrow', [True, False])
+def test_every_granularity_ends_at_its_target(learn, g, regrow):
+    cb = SparsifyCallback(.5, granularity=g, every=2, regrow=regrow)
+    learn.fit(1, 1e-2, cbs=cb)
+    ws,ms = covered_weights(learn.model, NAMES),covered_modules(learn.model, NAMES)
+    n = n_pieces(ws, ms, g)
+    assert cb.obtained == {'all covered layers': round(.5*sum(n.values()))/sum(n.values())}
+    assert zeros(learn) == sum(int((~m).sum()) for m in learn.mask_keeper.masks.values())
+    if g=='2:4': assert all((w.reshape(w.shape[0],-1,4,3,3)==0).sum(2).eq(2).all() for w in ws.values())
+
+def test_growing_keeps_the_count_and_moves_the_pattern(tmp_path):
+    learn,patterns = learner(tmp_path),[]
+    class Watch(Callback):
+        order,run_valid = 102,False
+        def after_step(self): patterns.append({n: m.clone() for n,m in self.learn.mask_keeper.masks.items()})
+    spy = Spy()
+    learn.fit(3, 1e-2, cbs=[SparsifyCallback(.8, 'one_shot', regrow='gradient', scope='local', every=3), Watch(), spy])
+    assert all(int((~p[n]).sum())==round(.8*N[n]) for p in patterns for n in NAMES) and not spy.bad
+    moved = [int((a['3'] & ~b['3']).sum()) for a,b in zip(patterns[1:], patterns)]
+    assert moved[1] > moved[16] > 0 and not any(moved[23:]) # falls to nothing at three quarters
+    live = N['3']-round(.8*N['3'])
+    assert max(moved) <= round(.3*live)
+
+def test_grown_weights_are_those_of_largest_gradient(tmp_path):
+    learn,log = learner(tmp_path),{}
+    class Before(Callback):
+        order,run_valid = 55,False
+        def after_backward(self):
+            if self.train_iter==2: log['grad'] = self.model[3].weight.grad.clone() # before the mask
+            if self.train_iter==2: log['was'] = self.learn.mask_keeper.masks['3'].clone()
+    class After(Callback):
+        order,run_valid = 102,False
+        def after_step(self):
+            if self.train_iter==2: log['now'],log['w'] = self.learn.mask_keeper.masks['3'].clone(),self.model[3].weight.detach().clone()
+    learn.fit(1, 1e-2, cbs=[SparsifyCallback(.8, 'one_shot', regrow='gradient', scope='local', every=3), Before(), After()])
+    grown = log['now'] & ~log['was']
+    stayed_out = ~log['now'] & ~log['was']
+    assert grown.any() and log['grad'][grown].abs().min() >= log['grad'][stayed_out].abs().max()
+    assert not log['w'][grown].any() # from zero
+
+def test_dsd_lets_go_and_starts_from_zero(learn):
+    log = []
+    class Watch(Callback):
+        order,run_valid = 102,False
+        def after_step(self): log.append(zeros(self.learn))
+    cb = SparsifyCallback(.6, 'dsd', every=1, end=.9)
+    learn.fit(3, 1e-2, cbs=[cb, Watch()])
+    free = next(i for i,(a,b) in enumerate(zip(log, log[1:])) if b<a)
+    assert max(log) == round(.6*SUM) == log[free] and log[-1] < .05*SUM and cb.history[-1][2] == 0
+    assert not learn.mask_keeper.gone['3']
+
+@pytest.mark.parametrize('sched', [combine_scheds([.4,.6], [SchedCos(0,.5), SchedLin(.5,1)]), SchedCos(0,1)])
+def test_fastai_schedules(learn, sched):
+    cb = SparsifyCallback(.8, sched, every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(2, 1e-3, cbs=cb)
+    assert zeros(learn) == round(.8*SUM)
+    for step,pos,target,_ in cb.history[:-1]: assert target == pytest.approx(.8*sched(pos/.75))
+
+@pytest.mark.parametrize('criterion', ['taylor','gradient','snip','movement'])
+def test_gradients_of_frozen_layers_are_measured(tmp_path, criterion):
+    learn = learner(tmp_path, splitter=lambda m: [params(m[:2]), params(m[2:])]); learn.freeze()
+    learn.fit(1, 1e-3, cbs=SparsifyCallback(.5, criterion=criterion, scope='local', every=3))
+    assert [zeros(learn, [n]) for n in NAMES] == [round(.5*N[n]) for n in NAMES]
+    assert not learn.model[1].weight.requires_grad
+
+def test_waiting_is_said_once_and_epochs_overrule_it(tmp_path):
+    learn = learner(tmp_path, splitter=lambda m: [params(m[:4]), params(m[4:])]); learn.freeze()
+    cb = SparsifyCallback(.8)
+    with pytest.warns(UserWarning, match='all 2 covered layers are frozen'): learn.fit(1, 1e-3, cbs=cb)
+    assert zeros(learn) == 0 and cb.step == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('error'); learn.fit(1, 1e-3, cbs=cb)
+        learn.fit(2, 1e-3, cbs=SparsifyCallback(.8, epochs=2))
+    assert zeros(learn) == round(.8*SUM)
+
+def test_n_m_that_does_not_divide_is_refused_with_what_to_leave_out(learn):
+    before = snapshot(learn)
+    with pytest.raises(ValueError, match="layer '0' has 3 elements along axis 1.*exclude=\\['0'\\]"): learn.fit(1, 1e-3, cbs=SparsifyCallback(.5, granularity='2:4', include='*'))
+    assert same(learn, before)
+    learn.fit(1, 1e-3, cbs=SparsifyCallback(.5, granularity='2:4', include='*', exclude=['0','7']))
+    assert zeros(learn) == SUM//2
+
+def test_channel_criteria_refuse_finer_pieces(learn):
+    with pytest.raises(ValueError, match="Type granularity='channel'"): learn.fit(1, 1e-3, cbs=SparsifyCallback(.5, criterion='fpgm', schedule='one_shot'))
+    assert zeros(learn) < 10
+
+def test_nothing_is_held_beyond_one_byte_a_weight(learn):
+    learn.fit(1, 1e-3, cbs=SparsifyCallback(.8))
+    k = learn.mask_keeper
+    assert sum(m.element_size()*m.numel() for m in k.masks.values()) == SUM and k._ws is None and k._ints is None
+    cb = SparsifyCallback(.9); learn.fit(1, 1e-3, cbs=cb)
+    assert cb._aside is None and cb._gather is None and cb._ws is None

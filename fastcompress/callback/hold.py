@@ -6,7 +6,7 @@
 __all__ = ['bare', 'mask_state_', 'keeps_zeros', 'MaskKeeper', 'SparsityColumn', 'hold_masks', 'release_masks', 'masks_file',
            'save_masks', 'load_masks', 'in_fit']
 
-# %% ../../nbs/callback/00_hold.ipynb #ef7e72a8
+# %% ../../nbs/callback/00_hold.ipynb #44201d4b
 import json,sys
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..core import atomic_file
 from ..prune.mask import apply_masks_, centre_, covered_layers, covered_modules, covered_weights, prunable, sparsity_of, standardises
 
 # %% ../../nbs/callback/00_hold.ipynb #83460292
@@ -131,7 +132,7 @@ def release_masks(learn:Learner)->dict: # the masks that were held
     learn.remove_cbs([MaskKeeper, SparsityColumn])
     return masks
 
-# %% ../../nbs/callback/00_hold.ipynb #b6e23d9a
+# %% ../../nbs/callback/00_hold.ipynb #7f61d968
 def masks_file(file)->Path:
     "Where the masks of checkpoint `file` are kept"
     return Path(file).with_suffix('.masks.safetensors')
@@ -152,9 +153,7 @@ def save_masks(file,          # path
             if k in s.get('tensors', ()): tensors.update({f'{k}/{i}/{n}': t.detach().cpu().contiguous() for n,t in v.items()})
         plain.append({k:v for k,v in s.items() if k not in s.get('tensors', ())})
     meta = dict(shapes={n: list(m.shape) for n,m in masks.items()}, history=list(history), states=plain)
-    tmp = Path(file).with_suffix('.tmp')
-    save_file(tensors, tmp, dict(fastcompress=json.dumps(meta)))
-    tmp.replace(file)
+    with atomic_file(file) as tmp: save_file(tensors, tmp, dict(fastcompress=json.dumps(meta)))
 
 def load_masks(file)->tuple: # masks {layer name: bool tensor}, history, states
     "Read what `save_masks` wrote"

@@ -271,7 +271,7 @@ def pos(self:SparsifyCallback):
 @patch(as_prop=True)
 def _spans(self:SparsifyCallback): return self.in_steps or self.epochs is not None
 
-# %% ../../nbs/callback/02_sparsify.ipynb #2a45502e
+# %% ../../nbs/callback/02_sparsify.ipynb #959e945a
 @patch
 def before_train(self:SparsifyCallback):
     if self._began: return
@@ -299,7 +299,7 @@ def _start_(self:SparsifyCallback, groups):
     self._step0 = self.step
     if self.epoch: self._step0 -= round(self.epoch*len(self.dls.train)*self._rate)
     if self.regrow is True and not (goes_on and self._aside): self._aside = {o: torch.zeros_like(w, requires_grad=False) for o,w in self._ws.items()}
-    if not goes_on: self._ramps,self._t = self._new_ramps(groups),None
+    if not goes_on: self._ramps,self._t,self._gather = self._new_ramps(groups),None,None
     self.requested = {g: r['s_f'] for g,r in self._ramps.items()}
     self._every = self.every or default_every(self._n_ramp())
     if self.in_steps and self.end>self.step+self._n_steps(): warnings.warn(
@@ -381,7 +381,7 @@ def _finish_(self:SparsifyCallback):
             f"from {min(before.values(), default=0.):.4f} to {max(self.obtained.values()):.4f} at once. Train on to recover accuracy; the zeros hold.")
     if over: self._aside = self._gather = None
 
-# %% ../../nbs/callback/02_sparsify.ipynb #4e7c0ca8
+# %% ../../nbs/callback/02_sparsify.ipynb #984f1258
 @patch
 def _settings(self:SparsifyCallback):
     def name(o): return o if isinstance(o, (str, int, float, bool, type(None))) else getattr(o, '__name__', repr(o)) if callable(o) else str(o)
@@ -391,8 +391,9 @@ def _settings(self:SparsifyCallback):
 def ramp_state(self:SparsifyCallback)->dict:
     "What is needed to go on from here"
     if not self._ramps: return dict(settings=self._settings())
-    return dict(settings=self._settings(), step=self.step, step0=self._step0, past=self._past, t=self._t, every=self._every, last=self._last,
-                ramps=self._ramps, n_history=len(self.history), aside=self._aside or {}, w0=self._w0 or {}, tensors=['aside','w0'])
+    sums = {f'sum_{k}': v for k,v in self._gather.sums.items()} if self._gather is not None else {}
+    return dict(settings=self._settings(), step=self.step, step0=self._step0, past=self._past, t=self._t, every=self._every, last=self._last, ramps=self._ramps,
+                n_history=len(self.history), count=self._gather.count if sums else 0, aside=self._aside or {}, w0=self._w0 or {}, **sums, tensors=['aside','w0',*sums])
 
 @patch
 def _resume_(self:SparsifyCallback)->bool:
@@ -404,6 +405,8 @@ def _resume_(self:SparsifyCallback)->bool:
     self.step,self._step0,self._past,self._t,self._every,self._last,self._ramps = (state[k] for k in ('step','step0','past','t','every','last','ramps'))
     on = lambda d: {o: t.to(self._ws[o].device) for o,t in d.items()} or None
     self._aside,self._w0 = on(state['aside']),on(state['w0'])
+    self._watch_()
+    for k in state['tensors'][2:]: self._gather.count,self._gather.sums[k[4:]] = state['count'],on(state[k]) or {}
     self.history = keeper.history[len(keeper.history)-state['n_history']:]
     self.requested = {g: r['s_f'] for g,r in self._ramps.items()}
     self.obtained = {g: r['gone']/r['n'] for g,r in self._ramps.items()}

@@ -6,7 +6,7 @@
 __all__ = ['columns', 'remarks', 'Column', 'column', 'percent', 'nbytes', 'decibel', 'spread', 'times', 'points', 'speed',
            'measure', 'Report', 'headlines', 'all_notes', 'to_text', 'compare']
 
-# %% ../../nbs/measure/03_report.ipynb #e0e84f8d
+# %% ../../nbs/measure/03_report.ipynb #a7935c11
 import base64, io, json, math, os, tempfile, textwrap
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import Registry, as_args, eval_mode, near, plain, weight_layers
+from ..core import Registry, as_args, atomic_file, eval_mode, near, plain, weight_layers
 from .count import compressed_bytes, count_macs, file_bytes, human, mac_calls, n_nonzero, n_params, n_subnormal
 from .latency import Latency, faster, ratio, time_interleaved
 from .quality import agreement, sqnr
@@ -437,17 +437,9 @@ def to_html(self:Report)->str:
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{escape(self.title)}</title><style>{_page_css}</style></head><body>{self._repr_html_()}</body></html>\n')
 
-# %% ../../nbs/measure/03_report.ipynb #53eb7e31
+# %% ../../nbs/measure/03_report.ipynb #d29cfc64
 def _write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-    try:
-        with os.fdopen(fd, 'w', encoding='utf-8') as f: f.write(text)
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, path)
-    except BaseException:
-        Path(tmp).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as tmp: tmp.write_text(text, encoding='utf-8')
     return path
 
 _writers = {'.html':Report.to_html, '.json':Report.to_json, '.txt':str}

@@ -18,16 +18,16 @@ from ..core import as_args, eval_mode, fork_rng, near, plain
 from .mask import covered_modules
 from .score import out_first, statistics
 
-# %% ../../nbs/prune/03_probe.ipynb #a249e05d
+# %% ../../nbs/prune/03_probe.ipynb #f77ff4c2
 class Gather:
     "Running sums of gradient statistics, in float32"
     def __init__(self,
                  weights:dict,    # layer name -> weight parameter
                  wanted=('grad','saliency','pull'), # statistics to gather
                 ):
-        for o in wanted:
+        for o in sorted(wanted):
             if o not in ('grad','saliency','pull'): raise ValueError(f"Gather has no {o!r}. {near(o, ['grad','saliency','pull'])} probe measures the others.")
-        self.weights,self.sums,self.count = weights,{o:{} for o in wanted},0
+        self.weights,self.sums,self.count = weights,{o:{} for o in ('grad','saliency','pull') if o in wanted},0
     def step_(self):
         "After a backward pass"
         self.add_({n: w.grad for n,w in self.weights.items()})
@@ -216,7 +216,7 @@ def _by_group(v, w, m):
     g = getattr(m, 'groups', 1)
     return v if g==1 else v.view(g, -1).repeat_interleave(len(out_first(w, m))//g, 0)
 
-# %% ../../nbs/prune/03_probe.ipynb #17853543
+# %% ../../nbs/prune/03_probe.ipynb #08f39069
 def probe(model:nn.Module,   # left as it was
           batches,           # iterable of (inputs, targets), each a tensor or a tuple, on the model's device
           loss_func,         # f(output, *targets) -> mean loss; None where only activations and inputs are wanted
@@ -225,7 +225,7 @@ def probe(model:nn.Module,   # left as it was
           modules:dict=None, # layer name -> module; by default looked up in the model
          )->dict:            # statistic -> {layer name: tensor}
     "Measure what criteria need: gradients with the norms' batch statistics and without dropout, activations in evaluation mode"
-    for o in wanted:
+    for o in sorted(wanted):
         if o=='w0': raise ValueError("w0 is the weight before training, which can't be measured any more; keep a copy: {name: w.detach().clone() for ...}.")
         if o not in statistics: raise ValueError(f"no statistic {o!r}. {near(o, statistics)}")
     modules,batches = modules or covered_modules(model, weights),list(batches)
@@ -236,7 +236,7 @@ def probe(model:nn.Module,   # left as it was
         _gradient_mode_(model)
         with torch.enable_grad(): return res | _derivatives(model, batches, loss_func, weights, set(wanted))
 
-# %% ../../nbs/prune/03_probe.ipynb #628fdf88
+# %% ../../nbs/prune/03_probe.ipynb #d54156ef
 def _activations(model, batches, weights, modules, wanted)->dict:
     res = {}
     if 'in_norm' in wanted: res['in_norm'] = _in_norm(model, batches, weights, modules)
@@ -244,7 +244,7 @@ def _activations(model, batches, weights, modules, wanted)->dict:
     if wanted & {'zeros','act'}:
         calls = {n: [] for n in weights}
         for o in _calls(model, batches, weights, modules): calls[o.name].append(o)
-        for s in wanted & {'zeros','act'}: res[s] = {n: sum(getattr(o, s) for o in c)/sum(o.n for o in c) for n,c in calls.items()}
+        for s in [o for o in ('zeros','act') if o in wanted]: res[s] = {n: sum(getattr(o, s) for o in c)/sum(o.n for o in c) for n,c in calls.items()}
     return res
 
 def _derivatives(model, batches, loss_func, weights, wanted)->dict:

@@ -43,23 +43,25 @@ def random(w:Tensor,    # weight; only its shape matters
     g = torch.Generator().manual_seed(crc32(name.encode()))
     return torch.rand(w.shape, generator=g).to(w.device)
 
-# %% ../../nbs/prune/01_score.ipynb #b5a72cac
+# %% ../../nbs/prune/01_score.ipynb #f4999b88
+def _double(w)->Tensor: return (w.cpu() if w.device.type=='mps' else w).double()
+
 @criteria('lamp')
 def lamp(w:Tensor, # weight of a layer, any shape
         )->Tensor: # 0 to 1, same shape
     "Square over the sum of squares that outlive it in its layer; equal weights by position (Lee et al. 2021, §2)"
-    sq,order = w.flatten().square().sort(stable=True)
-    left = sq.flip(0).cumsum(0, dtype=torch.float64).flip(0)
-    s = torch.where(sq>0, sq/left, 0.).to(w.dtype)
-    return torch.empty_like(s).scatter_(0, order, s).view(w.shape)
+    sq,order = _double(w).flatten().square().sort(stable=True)
+    left = sq.flip(0).cumsum(0).flip(0)
+    s = torch.where(sq>0, sq/left, 0.)
+    return torch.empty_like(s).scatter_(0, order, s).view(w.shape).to(w)
 
-# %% ../../nbs/prune/01_score.ipynb #25b65c64
+# %% ../../nbs/prune/01_score.ipynb #8015ceda
 @criteria('fpgm')
 def fpgm(w:Tensor, # weight, [out, in, *kernel]
         )->Tensor: # one per output channel, [out]
     "Sum of distances to all other filters of the layer (He et al. 2019, §3.4)"
-    f = w.flatten(1).double()
-    return torch.cdist(f, f).sum(1).to(w.dtype)
+    f = _double(w).flatten(1)
+    return torch.cdist(f, f).sum(1).to(w)
 
 # %% ../../nbs/prune/01_score.ipynb #0e755080
 @criteria('taylor')
