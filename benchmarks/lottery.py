@@ -90,10 +90,10 @@ def markdown(a, results, learn):
     n_trn,n_val,steps = len(learn.dls.train_ds),len(learn.dls.valid_ds),a.epochs*len(learn.dls.train)
     lines = [f'# Lottery tickets: {a.arch} on digits', '',
         f'    python {shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}', '',
-        f'{a.seeds} seeds (weights and batches; the split is the same), {n_trn:,} images to train on and {n_val:,} to validate, {a.size}×{a.size} pixels, batches of {a.bs}. '
-        f'Every training is `fit_one_cycle({a.epochs}, {a.lr:g})` with Adam: {steps} steps; tickets are rewound to {_where(a)}. '
+        f'{a.seeds} seed{"s" if a.seeds>1 else ""} (weights and batches; the split is the same), {n_trn:,} images to train on and {n_val:,} to validate, {a.size}×{a.size} pixels, batches of {a.bs}. '
+        f'Every training is `fit_one_cycle({a.epochs}, {a.lr:g})` with Adam: {steps} steps; {_where(a)}. '
         f'Accuracy on the validation images after the last epoch, mean ± standard deviation over seeds; no epoch was picked. '
-        f'The share that remains is of the covered weights (all convolutions but the first).', '',
+        f'The share that remains is of the covered weights (all but the first convolution and the last layer).', '',
         '| weights that remain | ticket | same mask, fresh weights |', '|---:|---:|---:|', f"| 100% (dense) | {cell[0,'dense']} | |"]
     for r in range(1, a.rounds+1):
         left = next(t['remaining'] for t in table if t['round']==r)
@@ -102,7 +102,10 @@ def markdown(a, results, learn):
         f'![accuracy over weights that remain]({a.out.name}.png)', '', f'torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, {platform.machine()}.']
     return '\n'.join(lines)+'\n'
 
-def _where(a): return {'init': 'initialisation', 'lr': 'nowhere, only the learning rate is'}.get(a.rewind, f'step {a.rewind}' if isinstance(a.rewind, int) else f'epoch {a.rewind:g} and train what is left of the schedule')
+def _where(a):
+    if isinstance(a.rewind, str): return {'init': 'tickets go back to initialisation', 'lr': 'tickets keep their trained weights, the learning rate starts again'}.get(a.rewind, 'tickets keep their trained weights and the last learning rate')
+    return f"tickets go back to {f'step {a.rewind}' if isinstance(a.rewind, int) else f'{a.rewind:g} epochs'} and train what is left of the schedule"
+
 def _signed(vals): return f'{statistics.mean(vals):+.4f} ({", ".join(f"{v:+.4f}" for v in vals)})'
 
 def main():

@@ -3,7 +3,9 @@
 # brings no helper of ours over a name of yours.
 
 from .callback.quantize import PTQCallback, calibration_batches
+from .callback.distill import DistillationCallback, distill_losses, feature_losses
 from .callback.hold import hold_masks, release_masks
+from .callback.lottery import Lottery, LotteryTicketCallback, find_ticket, load_lottery
 from .callback.sparsify import SparsifyCallback
 from .core import layer_names, match_layers, weight_layers
 from .data import digits
@@ -25,6 +27,7 @@ from .quantize.affine import QParams, affine_qparams, dequantize, fake_quant, qu
 from .quantize.observe import observers, weight_observers
 from .quantize.simulate import calibrate_, profiles, release_, sim_mode, simulate_, simulation, site_sqnr
 from .study.anneal import anneal_sparsity, plot_anneal
+from .study.lottery import lottery_table, plot_lottery
 from .study.plots import plot_schedule, plot_sparsity, plot_sqnr, plot_weights
 from .study.sensitivity import Sensitivity, plot_sensitivity, sensitivity
 from .study.views import sparsity_rows # and learn.plot_sparsity, learn.sparsity_summary

@@ -127,7 +127,7 @@ def update_(self:SparsifyCallback,
         self._changed = True
     self._note(pos)
 
-# %% ../../nbs/callback/02_sparsify.ipynb #751a284f
+# %% ../../nbs/callback/02_sparsify.ipynb #0390e8f3
 @patch
 def _change_(self:SparsifyCallback, due, pos):
     names = [o for g in due for o in self._ramps[g]['names']]
@@ -138,8 +138,8 @@ def _change_(self:SparsifyCallback, due, pos):
         for g in due: new.update(self._choose(g, pos, full, stats))
         new = _same_everywhere(new)
         for o,w in ws.items():
-            if self._aside is not None and o not in falling: w.copy_(full[o])
-            w.mul_(new[o].view(torch.int8)).add_(0.) # a negative number times zero is -0, and -0+0 is 0
+            torch.mul(w if o in falling else full[o], new[o].view(torch.int8), out=w.detach())
+            w.add_(0.) # a negative number times zero is -0, and -0+0 is 0
     finally:
         if self._aside is not None:
             for o,w in ws.items(): full[o].sub_(w)
