@@ -32,12 +32,7 @@ def learner(tmp_path='.', seed=0, model=None, **kwargs):
     learn.remove_cb(learn.progress); learn.logger = lambda o: None
     return learn
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Layers this small run faster on one thread"
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 def keys(masks): return {f'{n}.weight': m for n,m in masks.items()}

@@ -30,12 +30,7 @@ def learner(tmp_path, seed=0, **kwargs):
     learn.remove_cb(learn.progress); learn.logger = lambda o: None
     return learn
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Layers this small run faster on one thread, much faster on a busy machine"
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture
 def learn(tmp_path): return learner(tmp_path)

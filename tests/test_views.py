@@ -31,11 +31,7 @@ def learner(seed=0, metrics=accuracy, model=None, **kwargs):
     learn.remove_cb(learn.progress); learn.logger = lambda o: None
     return learn
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def trained():

@@ -54,7 +54,7 @@ def keeps_zeros(opt)->bool:
     if type(opt) is OptimWrapper: return type(opt.opt).__module__.startswith('torch.optim.') and type(opt.opt).__name__ in _elementwise
     return False
 
-# %% ../../nbs/callback/00_hold.ipynb #38a9fb3a
+# %% ../../nbs/callback/00_hold.ipynb #0a098342
 class MaskKeeper(Callback):
     "Keeps masked weights at zero through every fit, until `release_masks`"
     order,run_valid,remove_on_fetch,_stateattrs = 100,False,True,('_ws','_ints','_trust','resume')
@@ -72,7 +72,15 @@ class MaskKeeper(Callback):
         self.masks.update(masks)
         self.gone.update({n: m.numel()-int(m.count_nonzero()) for n,m in masks.items()})
         self._ws = None
+        self._centre_(ws, masks)
         if self.learn.opt is not None: mask_state_(self.learn.opt, ws, masks)
+    def _centre_(self, ws, masks):
+        for n,m in covered_modules(bare(self.model), masks).items():
+            if standardises(m) and not masks[n].all(): centre_(ws[n], masks[n])
+    def check_(self):
+        "`ValueError` where zeros can't be held"
+        if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs):
+            raise ValueError("to_non_native_fp16 trains a copy of the weights, where zeros can't be held. Use learn.to_fp16() instead.")
     def _fetch(self):
         self._ws = self.weights
         self._ints = {n: m.view(torch.int8) for n,m in self.masks.items()}
@@ -84,8 +92,7 @@ class MaskKeeper(Callback):
                                                               "If the layer was replaced, release_masks(learn) lets go of the old masks.")
     def before_train(self):
         if self._began: return
-        if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs):
-            raise ValueError("to_non_native_fp16 trains a copy of the weights, where zeros can't be held. Use learn.to_fp16() instead.")
+        self.check_()
         self._began,self._trust = True,keeps_zeros(self.learn.opt)
         self.set_masks_({n: self.masks[n].to(w.device) for n,w in self.weights.items()})
     def after_backward(self):
@@ -93,10 +100,13 @@ class MaskKeeper(Callback):
         on = [(w.grad, self._ints[n]) for n,w in self._ws.items() if w.grad is not None]
         if on: torch._foreach_mul_(*map(list, zip(*on)))
     def after_step(self):
-        if not self._trust: apply_masks_(self.weights, self.masks)
+        if self._ws is None: self._fetch() # masks changed in this very step
+        if not self._trust: apply_masks_(self._ws, self.masks)
         for n in self._std: centre_(self._ws[n], self.masks[n])
     def after_fit(self):
-        if self._began: apply_masks_(self.weights, self.masks)
+        if self._began:
+            apply_masks_(self.weights, self.masks)
+            self._centre_(self.weights, self.masks)
         self._ws,self._ints,self._began = None,None,False
 
 # %% ../../nbs/callback/00_hold.ipynb #ab80b1bb

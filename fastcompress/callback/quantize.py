@@ -20,13 +20,13 @@ from ..core import as_args, fork_rng
 from ..deploy.mobile import ExportReport, export_mobile
 from ..quantize.simulate import Simulation, calibrate_, release_, simulate_, simulation
 
-# %% ../../nbs/callback/01_quantize.ipynb #5f577505
+# %% ../../nbs/callback/01_quantize.ipynb #71d9d3eb
 def calibration_dl(dls:DataLoaders,
                    seed:int=0, # order of the batches
                   ):           # a DataLoader over the training items; iterating it leaves `dls` and Python's generator as they are
     "The training data in a fixed mixed order, the last incomplete batch included"
     state = random.getstate()
-    try: dl = dls.train.new(shuffle=True, drop_last=False)
+    try: dl = vars(dls.train).get('dl', dls.train).new(shuffle=True, drop_last=False) # the loader inside, where a `DistributedDL` deals it out
     finally: random.setstate(state)
     dl.rng = random.Random(seed)
     return dl

@@ -31,7 +31,7 @@ def default_every(n_ramp:float, # optimizer steps in the ramp
     "A 32nd of the ramp, at least 10 steps, but no more than an eighth of it"
     return max(1, math.ceil(n_ramp/32), min(10, math.ceil(n_ramp/8)))
 
-# %% ../../nbs/callback/02_sparsify.ipynb #46f9404e
+# %% ../../nbs/callback/02_sparsify.ipynb #eb1a0f22
 def _check_ramp(start, end, cooldown):
     "`start`, `end` and whether they are optimizer steps"
     in_steps = [isinstance(o, int) and not isinstance(o, bool) and o>1 for o in (start, end)]
@@ -45,7 +45,7 @@ class SparsifyCallback(Callback):
     "Train towards `sparsity`: the weights of least worth go to zero along a schedule and are held there"
     order,run_valid,_stateattrs = 54,False,('_ws','_ms','_aside','_gather','_dense','_w0')
     _ws,_ms,_aside,_gather,_dense,_w0,_ramps = None,None,None,None,None,None,{}
-    _began,_real,_changed,_warned,waits,_done,_last = False,False,False,False,False,0,-1.
+    _began,_real,_changed,_warned,waits,_done,_last,_at = False,False,False,False,False,0,-1.,None
     def __init__(self,
                  sparsity,              # part to remove, 0 to 1; or {layer name or glob: part}
                  schedule='zhu_gupta',  # name in `schedules`, or a callable pos -> part of the way
@@ -92,7 +92,7 @@ def groups(self:SparsifyCallback,
     check_shapes(covered_weights(model, names), covered_modules(model, names), self.granularity)
     return groups
 
-# %% ../../nbs/callback/02_sparsify.ipynb #7528c8a6
+# %% ../../nbs/callback/02_sparsify.ipynb #49aad6b8
 @patch
 def target(self:SparsifyCallback, g, pos)->float:
     "Sparsity that group `g` should have at `pos`"
@@ -121,7 +121,7 @@ def update_(self:SparsifyCallback,
             pos:float, # place in the ramp, in the unit of `start` and `end`
            ):
     "Bring the masks to where the schedule wants them at `pos`"
-    self._last,due = pos,[g for g in self._ramps if self._is_due(g, pos)]
+    self._last,self._at,due = pos,self.step,[g for g in self._ramps if self._is_due(g, pos)]
     if due:
         self._change_(due, pos)
         self._changed = True
@@ -166,7 +166,7 @@ def _same_everywhere(masks):
         for m in masks.values(): torch.distributed.broadcast(m.view(torch.uint8), 0)
     return masks
 
-# %% ../../nbs/callback/02_sparsify.ipynb #9505be45
+# %% ../../nbs/callback/02_sparsify.ipynb #fbb21bc4
 class _Grow(Mapping):
     "What lives is worth infinity, the rest what the grow criterion says"
     def __init__(self, pieces, kept): self.pieces,self.kept,self.total = pieces,kept,pieces.total
@@ -179,7 +179,7 @@ def _exchange(self:SparsifyCallback, r, p, target, pos, ws, ms):
     n,gone = r['n'],n_removed(target, r['n'])
     done = min(max((pos-self.start)/(self.end-self.start), 0.), 1.)
     swap = round(self.swap*(1+math.cos(math.pi*done))/2*(n-gone))
-    kept = select_masks(p, min(gone+swap, n)/n)
+    kept = _same_everywhere({o: k.contiguous() for o,k in select_masks(p, min(gone+swap, n)/n).items()})
     for o,k in spread_masks(kept, p, ms).items(): ws[o].mul_(k.view(torch.int8)).add_(0.)
     grown = pieces(ws, ms, self.granularity, self.regrow, self._stats(self.regrow, r['names'], self._dense))
     return spread_masks(select_masks(_Grow(grown, kept), gone/n), grown, ms)
@@ -271,10 +271,11 @@ def pos(self:SparsifyCallback):
 @patch(as_prop=True)
 def _spans(self:SparsifyCallback): return self.in_steps or self.epochs is not None
 
-# %% ../../nbs/callback/02_sparsify.ipynb #959e945a
+# %% ../../nbs/callback/02_sparsify.ipynb #19cac527
 @patch
 def before_train(self:SparsifyCallback):
     if self._began: return
+    self.learn.mask_keeper.check_()
     groups,keeper = self.groups(bare(self.model)),self.learn.mask_keeper
     names = [o for names,_ in groups.values() for o in names]
     self._ws,self._ms = covered_weights(bare(self.model), names),covered_modules(bare(self.model), names)
@@ -299,7 +300,7 @@ def _start_(self:SparsifyCallback, groups):
     self._step0 = self.step
     if self.epoch: self._step0 -= round(self.epoch*len(self.dls.train)*self._rate)
     if self.regrow is True and not (goes_on and self._aside): self._aside = {o: torch.zeros_like(w, requires_grad=False) for o,w in self._ws.items()}
-    if not goes_on: self._ramps,self._t,self._gather = self._new_ramps(groups),None,None
+    if not goes_on: self._ramps,self._t,self._at,self._gather = self._new_ramps(groups),None,None,None
     self.requested = {g: r['s_f'] for g,r in self._ramps.items()}
     self._every = self.every or default_every(self._n_ramp())
     if self.in_steps and self.end>self.step+self._n_steps(): warnings.warn(
@@ -323,13 +324,13 @@ def _n_ramp(self:SparsifyCallback):
     if self.in_steps: return self.end-self.start
     return (self.end-self.start)*(self.epochs or self.n_epoch)*len(self.dls.train)*self._rate
 
-# %% ../../nbs/callback/02_sparsify.ipynb #8b796362
+# %% ../../nbs/callback/02_sparsify.ipynb #fa50a0ff
 @patch
 def _advance(self:SparsifyCallback):
     "After a real step (and before the first): update if one is due"
     pos = self.pos
     if self._t is None and pos>=self.start: self._t = self.step
-    if self._t is not None and ((self.step-self._t)%self._every==0 or pos>=self.end):
+    if self._t is not None and self.step!=self._at and ((self.step-self._t)%self._every==0 or pos>=self.end):
         if not self.reached or (self._grows and pos<self.end): self.update_(pos)
     if self._aside is not None and self.reached: self._aside = None
 
@@ -381,7 +382,7 @@ def _finish_(self:SparsifyCallback):
             f"from {min(before.values(), default=0.):.4f} to {max(self.obtained.values()):.4f} at once. Train on to recover accuracy; the zeros hold.")
     if over: self._aside = self._gather = None
 
-# %% ../../nbs/callback/02_sparsify.ipynb #984f1258
+# %% ../../nbs/callback/02_sparsify.ipynb #b4e137c9
 @patch
 def _settings(self:SparsifyCallback):
     def name(o): return o if isinstance(o, (str, int, float, bool, type(None))) else getattr(o, '__name__', repr(o)) if callable(o) else str(o)
@@ -390,17 +391,21 @@ def _settings(self:SparsifyCallback):
 @patch
 def ramp_state(self:SparsifyCallback)->dict:
     "What is needed to go on from here"
-    if not self._ramps: return dict(settings=self._settings())
+    if not self._ramps: return self._waiting_state() or dict(settings=self._settings())
     sums = {f'sum_{k}': v for k,v in self._gather.sums.items()} if self._gather is not None else {}
     return dict(settings=self._settings(), step=self.step, step0=self._step0, past=self._past, t=self._t, every=self._every, last=self._last, ramps=self._ramps,
                 n_history=len(self.history), count=self._gather.count if sums else 0, aside=self._aside or {}, w0=self._w0 or {}, **sums, tensors=['aside','w0',*sums])
 
 @patch
+def _waiting_state(self:SparsifyCallback):
+    "The state that a loaded checkpoint brought for us, if no fit took it over yet"
+    return next((s for s in self.learn.mask_keeper.resume if s['settings']==self._settings() and 'ramps' in s), None)
+
+@patch
 def _resume_(self:SparsifyCallback)->bool:
     "Take over the state of a loaded checkpoint, if it is ours"
-    keeper = self.learn.mask_keeper
-    state = next((s for s in keeper.resume if s['settings']==self._settings() and 'ramps' in s), None)
-    if state is None or not (self.epoch or self._spans) or self.step: return False
+    keeper,state = self.learn.mask_keeper,self._waiting_state()
+    if state is None or not (self.epoch or self._spans): return False
     keeper.resume = ()
     self.step,self._step0,self._past,self._t,self._every,self._last,self._ramps = (state[k] for k in ('step','step0','past','t','every','last','ramps'))
     on = lambda d: {o: t.to(self._ws[o].device) for o,t in d.items()} or None
@@ -408,6 +413,7 @@ def _resume_(self:SparsifyCallback)->bool:
     self._watch_()
     for k in state['tensors'][2:]: self._gather.count,self._gather.sums[k[4:]] = state['count'],on(state[k]) or {}
     self.history = keeper.history[len(keeper.history)-state['n_history']:]
+    self._at = self.history[-1][0] if self.history else None
     self.requested = {g: r['s_f'] for g,r in self._ramps.items()}
     self.obtained = {g: r['gone']/r['n'] for g,r in self._ramps.items()}
     return True

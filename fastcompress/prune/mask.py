@@ -230,19 +230,23 @@ def alive(g:Granularity,
     "Which pieces live"
     return keep if elementwise(g) else g.pool(keep.float())>0
 
-# %% ../../nbs/prune/02_mask.ipynb #e21935e7
+# %% ../../nbs/prune/02_mask.ipynb #2f573c91
 def prunable(model:nn.Module,
             )->dict: # name -> (module, parameter), in registration order
     "Every weight that could be made sparse, embeddings included"
     seen,out = set(),{}
-    for path,m in model.named_modules():
-        for k,p in m._parameters.items():
-            if p is None or 'weight' not in k or p.ndim<2 or not p.is_floating_point() or id(p) in seen: continue
-            seen.add(id(p))
-            out[path if k=='weight' else f'{path}.{k}'.lstrip('.')] = m,p
+    for n,m,p in _weights(model):
+        if id(p) not in seen: out[n] = m,p
+        seen.add(id(p))
     return out
 
-# %% ../../nbs/prune/02_mask.ipynb #92238e49
+def _weights(model):
+    "Name, module and parameter of every weight; a shared one as often as it is shared"
+    for path,m in model.named_modules():
+        for k,p in m._parameters.items():
+            if p is not None and 'weight' in k and p.ndim>1 and p.is_floating_point(): yield path if k=='weight' else f'{path}.{k}'.lstrip('.'), m, p
+
+# %% ../../nbs/prune/02_mask.ipynb #94b4a6d0
 _convs = nn.modules.conv._ConvNd
 _embeddings = nn.Embedding, nn.EmbeddingBag
 
@@ -253,14 +257,15 @@ def covered_layers(model:nn.Module,
     "Names of the layers whose weights may be removed"
     layers = {n:m for n,(m,_) in prunable(model).items()}
     out = set() if exclude is None else set(match_layers(layers, exclude))
-    res = [n for n in (_default(layers) if include is None else match_layers(layers, include)) if n not in out]
+    res = [n for n in (_default(model) if include is None else match_layers(layers, include)) if n not in out]
     if res: return res
     raise ValueError(f"no layer is left to make sparse: of the {len(layers)} layers with weights ({', '.join(list(layers)[:12])}) "
                      + ("embeddings, the first convolution and the last layer are left out by default; name some with include=." if include is None else f"{include!r} without {exclude!r} leaves none."))
 
-def _default(layers):
-    first = next((n for n,m in layers.items() if isinstance(m, _convs)), None)
-    return [n for n,m in list(layers.items())[:-1] if n!=first and not isinstance(m, _embeddings)]
+def _default(model):
+    layers,last = prunable(model),[id(p) for _,_,p in _weights(model)][-1:]
+    first = next((n for n,(m,_) in layers.items() if isinstance(m, _convs)), None)
+    return [n for n,(m,p) in layers.items() if n!=first and not isinstance(m, _embeddings) and id(p) not in last]
 
 # %% ../../nbs/prune/02_mask.ipynb #03f59ee5
 def _pick(model, names)->dict:
@@ -391,7 +396,7 @@ def sparsity_of(model,      # model, or a dict layer name -> weight tensor
     ws = [model[n] for n in (model if names is None else names)]
     return sum(w.numel()-int(w.count_nonzero()) for w in ws) / max(sum(w.numel() for w in ws), 1)
 
-# %% ../../nbs/prune/02_mask.ipynb #ddd635c5
+# %% ../../nbs/prune/02_mask.ipynb #37413b00
 def standardises(m:nn.Module)->bool:
     "Does `m` convolve with a weight that it standardises first?"
     return any(c.__name__ in ('StdConv2d','StdConv2dSame','ScaledStdConv2d','ScaledStdConv2dSame') for c in type(m).__mro__)
@@ -402,4 +407,5 @@ def centre_(w:Tensor,    # weight [out, ...]
            ):
     "Shift the live weights of each output channel to mean zero"
     mean = (w*keep).flatten(1).sum(1)/keep.flatten(1).sum(1).clamp(min=1)
+    mean = mean.where(mean.abs()>1e-6*w.abs().flatten(1).amax(1), 0.) # what is centred already stays as it is, to the last bit
     w.sub_(mean.view(-1, *[1]*(w.ndim-1))*keep)
