@@ -3,10 +3,11 @@
 Each round trains one fit of every kind, in rotating order, and divides inside the round; the table shows the ratios of all rounds
 (median, minimum, maximum). A first round is thrown away. Validation is left out of the fits. On a busy machine --cpu divides
 processor time instead of elapsed time. Peak memory is the largest resident set of a fresh process that runs one fit, less that of
-one that runs a plain fit (median of --mem-rounds pairs).
+one that runs a plain fit (median of --mem-rounds pairs); it doesn't mind a busy machine.
 
     pip install fasterai==0.4.1
-    python benchmarks/sparsify_cost.py --out benchmarks/results/sparsify_cost.md
+    python benchmarks/sparsify_cost.py --mem-rounds 0 --out benchmarks/results/sparsify_cost.md
+    python benchmarks/sparsify_cost.py --rounds 0 --out benchmarks/results/sparsify_memory.md
 """
 import argparse, json, random, resource, statistics, subprocess, sys, time, warnings
 from pathlib import Path
@@ -65,8 +66,8 @@ def main():
     lines = []
     def say(s): print(s, flush=True); lines.append(s)
     say(f'{torch.get_num_threads()} threads, {a.epochs} epochs of {len(dls.train)} steps, batch {a.bs}, {a.size} px, {a.rounds} rounds, {"processor" if a.cpu else "elapsed"} time, 80% of the weights\n')
-    say('| model | callback | time / none: median | min | max | changes of masks | none, ms a step |\n|---|---|---|---|---|---|---|')
-    for model in a.models.split(','):
+    if a.rounds: say('| model | callback | time / none: median | min | max | changes of masks | none, ms a step |\n|---|---|---|---|---|---|---|')
+    for model in a.models.split(',') if a.rounds else []:
         times,updates = {k:[] for k in KINDS},{}
         for r in range(a.rounds+1):
             kinds = list(KINDS); kinds = kinds[r%len(kinds):]+kinds[:r%len(kinds)]
@@ -77,7 +78,7 @@ def main():
         for k in list(KINDS)[1:]:
             q = [t/b for t,b in zip(times[k], times['none'])]
             say(f"| {model} | {k} | {statistics.median(q):.3f} | {min(q):.3f} | {max(q):.3f} | {updates[k] or ('none' if k=='held' else 'every step')} | {base:.1f} |")
-    say('\n| model | callback | peak memory above none, MB: median | min | max | one byte a weight, MB |\n|---|---|---|---|---|---|')
+    if a.mem_rounds: say('\n| model | callback | peak memory above none, MB: median | min | max | one byte a weight, MB |\n|---|---|---|---|---|---|')
     for model in a.models.split(',') if a.mem_rounds else []:
         n = sum(q.numel() for q in MODELS[model]().parameters())/2**20
         got = {k: [] for k in KINDS}

@@ -449,3 +449,42 @@ def test_held_pieces_stay_gone_and_count(m, spec, a, b, seed):
     out = (~second).flatten().tolist()
     assert len({k for k,o in zip(key, out) if o})==round(b*len(set(key)))
     if ':' in spec: assert patterns(m, spec, out)<=int(spec[2])-int(spec[0])
+
+# ---- timm's small test models
+
+import timm, torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from fastcompress.prune.mask import standardises
+
+TIMM = [n for n in timm.list_models('test_*')]
+QUICK = ['test_nfnet','test_vit','test_convnext','test_efficientnet','test_resnet']
+RECIPES = [dict(sparsity=.8), dict(sparsity=.5, granularity='channel', criterion='taylor'), dict(sparsity=.7, criterion='wanda', scope='local'),
+           dict(sparsity=.6, scope='erk', regrow='gradient', schedule='one_shot', every=1)]
+
+class ConvWeights(TorchFunctionMode):
+    "The weights that convolutions really get, in order"
+    def __init__(self): self.seen = []
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is F.conv2d: self.seen.append(args[1].detach())
+        return f(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('arch', [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in TIMM])
+def test_timm(arch, tmp_path):
+    dls,kw = digits(n=40, size=96, bs=16),dict(img_size=96) if timm.get_pretrained_cfg(arch).fixed_input_size else {}
+    for recipe in RECIPES if arch not in QUICK else RECIPES[:1]:
+        set_seed(0)
+        learn = quiet(Learner(dls, timm.create_model(arch, num_classes=10, **kw), path=tmp_path))
+        cb = SparsifyCallback(**recipe); learn.fit(2, 1e-3, cbs=cb)
+        masks,ws = learn.mask_keeper.masks,learn.mask_keeper.weights
+        for g,r in cb._ramps.items(): assert r['gone']==round(cb.requested[g]*r['n'])
+        if recipe.get('granularity') is None: assert sum(int((~m).sum()) for m in masks.values())==sum(r['gone'] for r in cb._ramps.values())
+        assert not any(w[~masks[n]].any() for n,w in ws.items())
+        std = [m for m in learn.model.modules() if standardises(m)]
+        if not std: continue
+        names = {id(p): n for n,p in ws.items()}
+        for m in std:
+            if id(m.weight) not in names: continue
+            with ConvWeights() as seen, torch.no_grad(): m(torch.randn(1, m.in_channels, 8, 8))
+            keep = masks[names[id(m.weight)]]
+            few = keep.flatten(1).sum(1)<2 # a channel of one live weight has nothing to standardise
+            assert seen.seen[0][~keep & ~few.view(-1,1,1,1)].abs().max() < 1e-4*seen.seen[0].abs().max()

@@ -366,3 +366,14 @@ def test_a_sparse_fit_of_a_quantized_model(learn):
     with learn.no_bar(): learn.quantize(n_batches=2)
     learn.fit(2, 1e-2, cbs=SparsifyCallback(.8))
     assert zeros(learn)==round(.8*SUM) and all((q[~learn.mask_keeper.masks[n]]==0).all() for n,q in integers(learn).items())
+
+def test_lr_find_leaves_no_companion_behind(learn):
+    learn.fit(1, 1e-3, cbs=SparsifyCallback(.8))
+    learn.lr_find(num_it=10, show_plot=False)
+    assert not list((learn.path/learn.model_dir).glob('*'))
+
+def test_masks_of_another_architecture_are_not_held(learn, tmp_path):
+    learn.fit(1, 1e-3, cbs=SparsifyCallback(.8)); learn.save('sparse')
+    other = learner(tmp_path, model=nn.Sequential(*[l for l in net()][:3], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,10)))
+    with pytest.warns(UserWarning, match='holds masks for other layers.*3'): other.load('sparse', strict=False, with_opt=False)
+    assert torch.equal(other.model[1].weight, learn.model[1].weight) and not hasattr(other, 'mask_keeper')

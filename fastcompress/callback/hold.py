@@ -6,8 +6,8 @@
 __all__ = ['bare', 'mask_state_', 'keeps_zeros', 'MaskKeeper', 'SparsityColumn', 'hold_masks', 'release_masks', 'masks_file',
            'save_masks', 'load_masks', 'in_fit']
 
-# %% ../../nbs/callback/00_hold.ipynb #44201d4b
-import json,sys
+# %% ../../nbs/callback/00_hold.ipynb #584776be
+import json,sys,warnings
 from pathlib import Path
 
 import numpy as np, torch
@@ -174,7 +174,7 @@ def load_masks(file)->tuple: # masks {layer name: bool tensor}, history, states
             for k in s.get('tensors', ()): s[k] = {o[len(f'{k}/{i}/'):]: f.get_tensor(o) for o in f.keys() if o.startswith(f'{k}/{i}/')}
     return masks, [(*h[:3], h[3]) for h in meta['history']], meta['states']
 
-# %% ../../nbs/callback/00_hold.ipynb #8c5b379e
+# %% ../../nbs/callback/00_hold.ipynb #3f999103
 def in_fit(learn)->bool:
     "Is a `fit` of `learn` running that called us? (The stack is asked: a flag would outlive an exception)"
     f = sys._getframe(1)
@@ -187,7 +187,7 @@ def in_fit(learn)->bool:
 def save(self:Learner, file, **kwargs):
     "Save model and optimizer state (if `with_opt`), and masks that are held, to `self.path/self.model_dir/file`"
     out = self._orig_save(file, **kwargs)
-    if rank_distrib() or not isinstance(out, (str, Path)): return out
+    if rank_distrib() or not isinstance(out, (str, Path)) or hasattr(self, 'lr_finder'): return out # lr_find's own file lives for a moment only
     if hasattr(self, 'mask_keeper') and self.mask_keeper.masks:
         save_masks(masks_file(out), self.mask_keeper.masks, self.mask_keeper.history, [cb.ramp_state() for cb in self.cbs if hasattr(cb, 'ramp_state')])
     else: masks_file(out).unlink(missing_ok=True)
@@ -200,6 +200,11 @@ def load(self:Learner, file, device=None, **kwargs):
     side = masks_file(join_path_file(file, self.path/self.model_dir, ext='.pth')) if isinstance(file, (str, Path)) else None
     if side is None or not side.exists() or in_fit(self): return self
     masks,history,states = load_masks(side)
+    known = prunable(bare(self.model))
+    bad = [n for n,m in masks.items() if n not in known or known[n][1].shape!=m.shape]
+    if bad:
+        warnings.warn(f"{side.name} holds masks for other layers than this model has ({', '.join(bad[:3])}{', ...' if len(bad)>3 else ''}): weights were loaded, no masks.")
+        return self
     release_masks(self)
     hold_masks(self, masks)
     self.mask_keeper.history,self.mask_keeper.resume = history,states
