@@ -1,8 +1,8 @@
 """What SparsifyCallback costs: epoch time with it over epoch time without, held masks over none, and fasterai 0.4.1 beside it.
 
-Each round trains one fit of every kind, in rotating order, and divides inside the round; the table shows the ratios of all rounds
-(median, minimum, maximum). A first round is thrown away. Validation is left out of the fits. On a busy machine --cpu divides
-processor time instead of elapsed time. Peak memory is the largest resident set of a fresh process that runs one fit, less that of
+Each round trains one fit of every kind, all of them in lockstep: a batch of the first, the same batch of the second, and so on in
+rotating order, so that whatever else the machine does falls on all alike. Times are divided inside the round; the table shows the ratios of
+all rounds (median, minimum, maximum). A warm-up is thrown away. Validation is left out. Peak memory is the largest resident set of a fresh process that runs one fit, less that of
 one that runs a plain fit (median of --mem-rounds pairs); it doesn't mind a busy machine.
 
     pip install fasterai==0.4.1
@@ -34,16 +34,39 @@ KINDS = {'none': lambda: None, 'global': lambda: SparsifyCallback(.8), 'local': 
          'global, no regrow': lambda: SparsifyCallback(.8, regrow=False), 'held': lambda: None,
          'fasterai global': lambda: fasterai_callback(.8, 'global'), 'fasterai local': lambda: fasterai_callback(.8, 'local')}
 
-def fit(model, dls, kind, epochs, clock=time.perf_counter):
-    "Seconds of one fit and changes of masks; for 'held', of a plain fit after a sparse one"
-    set_seed(0); dls.train.rng = random.Random(0)
+def learner(model, dls, kind):
+    set_seed(0)
     learn = Learner(dls, MODELS[model](), cbs=NoValid)
     learn.remove_cb(learn.progress); learn.logger = lambda o: None
     if kind=='held': learn.fit(1, 1e-3, cbs=SparsifyCallback(.8, 'one_shot'))
-    cb = KINDS[kind]()
-    start = clock()
-    learn.fit(epochs, 1e-3, cbs=cb)
-    return clock()-start, len(getattr(cb, 'history', ()))
+    return learn
+
+def steps(learn, cb, batches, epochs):
+    "`Learner.fit` as a generator that stops after each batch; no validation"
+    with learn.added_cbs(cb):
+        if learn.opt is None: learn.create_opt()
+        learn.opt.set_hypers(lr=1e-3); learn.n_epoch = epochs; learn('before_fit')
+        for learn.epoch in range(epochs):
+            learn('before_epoch'); learn.dl = learn.dls.train; learn.n_iter = len(batches); learn('before_train')
+            for o in enumerate(batches):
+                learn.one_batch(*o)
+                yield
+            learn('after_train'); learn('after_epoch')
+        learn('after_fit')
+
+def together(model, dls, epochs, turn):
+    "Seconds of a fit of each kind, all of them in lockstep: one batch each, in rotating order; and changes of masks"
+    dls.train.rng = random.Random(0); batches = list(dls.train)
+    cbs = {k: f() for k,f in KINDS.items()}
+    runs = {k: steps(learner(model, dls, k), cbs[k], batches, epochs) for k in KINDS}
+    secs,kinds = dict.fromkeys(KINDS, 0.),list(KINDS)
+    for i in range(epochs*len(batches)+1): # the last turn is what happens after the last batch
+        at = (i+turn)%len(kinds)
+        for k in kinds[at:]+kinds[:at]:
+            start = time.perf_counter()
+            next(runs[k], None)
+            secs[k] += time.perf_counter()-start
+    return secs, {k: len(getattr(c, 'history', ())) for k,c in cbs.items()}
 
 def peak(model, kind, a):
     "Largest resident set of a fresh process, MB"
@@ -55,25 +78,25 @@ def main():
     p.add_argument('--rounds', type=int, default=5); p.add_argument('--epochs', type=int, default=8)
     p.add_argument('--models', default='small,resnet18'); p.add_argument('--size', type=int, default=32)
     p.add_argument('--bs', type=int, default=64); p.add_argument('--threads', type=int, default=0)
-    p.add_argument('--mem-rounds', type=int, default=3); p.add_argument('--cpu', action='store_true')
+    p.add_argument('--mem-rounds', type=int, default=3)
     p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS); p.add_argument('--out')
     a = p.parse_args()
     if a.threads: torch.set_num_threads(a.threads)
     dls = digits(size=a.size, bs=a.bs)
     if a.peak:
-        fit(a.peak[0], dls, a.peak[1], a.epochs)
+        cb = KINDS[a.peak[1]]()
+        learner(a.peak[0], dls, a.peak[1]).fit(a.epochs, 1e-3, cbs=cb)
         return print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
     lines = []
     def say(s): print(s, flush=True); lines.append(s)
-    say(f'{torch.get_num_threads()} threads, {a.epochs} epochs of {len(dls.train)} steps, batch {a.bs}, {a.size} px, {a.rounds} rounds, {"processor" if a.cpu else "elapsed"} time, 80% of the weights\n')
+    say(f'{torch.get_num_threads()} threads, {a.epochs} epochs of {len(dls.train)} steps, batch {a.bs}, {a.size} px, {a.rounds} rounds, 80% of the weights\n')
     if a.rounds: say('| model | callback | time / none: median | min | max | changes of masks | none, ms a step |\n|---|---|---|---|---|---|---|')
     for model in a.models.split(',') if a.rounds else []:
-        times,updates = {k:[] for k in KINDS},{}
-        for r in range(a.rounds+1):
-            kinds = list(KINDS); kinds = kinds[r%len(kinds):]+kinds[:r%len(kinds)]
-            for k in kinds:
-                t,updates[k] = fit(model, dls, k, a.epochs, time.process_time if a.cpu else time.perf_counter)
-                if r: times[k].append(t)
+        times = {k:[] for k in KINDS}
+        together(model, dls, 1, 0) # warms up
+        for r in range(a.rounds):
+            secs,updates = together(model, dls, a.epochs, r)
+            for k,t in secs.items(): times[k].append(t)
         base = statistics.median(times['none'])/(a.epochs*len(dls.train))*1e3
         for k in list(KINDS)[1:]:
             q = [t/b for t,b in zip(times[k], times['none'])]

@@ -25,11 +25,11 @@ from ..prune.probe import Gather, probe
 from ..prune.schedule import check_schedule, schedules, sparsity_at
 from ..prune.score import criteria, needs, out_first
 
-# %% ../../nbs/callback/02_sparsify.ipynb #e01a4265
+# %% ../../nbs/callback/02_sparsify.ipynb #e261aa15
 def default_every(n_ramp:float, # optimizer steps in the ramp
                  )->int:        # optimizer steps from one change of masks to the next
-    "A 32nd of the ramp, at least 10 steps, but no more than an eighth of it"
-    return max(1, math.ceil(n_ramp/32), min(10, math.ceil(n_ramp/8)))
+    "A 32nd of the ramp, at least 20 steps, but no more than an eighth of it"
+    return max(1, math.ceil(n_ramp/32), min(20, math.ceil(n_ramp/8)))
 
 # %% ../../nbs/callback/02_sparsify.ipynb #eb1a0f22
 def _check_ramp(start, end, cooldown):
