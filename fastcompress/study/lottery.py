@@ -36,7 +36,7 @@ def lottery_table(results,     # a `Lottery`, or a list of them: one for each se
         out.append(dict(round=rows[0]['round'], arm=rows[0]['arm'], remaining=mean(r['remaining'] for r in rows), mean=mean(v), std=stdev(v) if len(v)>1 else 0., n=len(v)))
     return out
 
-# %% ../../nbs/study/03_lottery.ipynb #c11f75af
+# %% ../../nbs/study/03_lottery.ipynb #6f4355db
 _arms = dict(ticket=('C0','-','o','ticket'), control=('C3','--','s','same mask, fresh weights'))
 
 def plot_lottery(results,           # a `Lottery`, or a list of them: one for each seed
@@ -56,7 +56,8 @@ def plot_lottery(results,           # a `Lottery`, or a list of them: one for ea
     ax.set_xticks(xs, [f'{x:.0%}' if x>.0995 else f'{x:.1%}' for x in xs])
     ax.minorticks_off(); ax.invert_xaxis()
     n = '' if dense['n']==1 else f", mean of {dense['n']} seeds"
-    ax.set(xlabel='covered weights that remain', ylabel=metric+n, title=title or _finding(table))
+    ax.set(xlabel='covered weights that remain', ylabel=metric+n)
+    ax.set_title(title or _finding(table), fontsize=10)
     ax.legend(frameon=False)
     return fig
 
