@@ -2,14 +2,15 @@
 
 Each round trains one fit of every kind, all of them in lockstep: a batch of the first, the same batch of the second, and so on in
 rotating order, so that whatever else the machine does falls on all alike. Times are divided inside the round; the table shows the ratios of
-all rounds (median, minimum, maximum). A warm-up is thrown away. Validation is left out. Peak memory is the largest resident set of a fresh process that runs one fit, less that of
-one that runs a plain fit (median of --mem-rounds pairs); it doesn't mind a busy machine.
+all rounds (median, minimum, maximum). A warm-up is thrown away. Validation is left out. Peak memory
+is the most that torch had allocated for tensors at any time, in a fresh process that trains one epoch, less that of a plain fit; it
+doesn't mind a busy machine.
 
     pip install fasterai==0.4.1
-    python benchmarks/sparsify_cost.py --mem-rounds 0 --out benchmarks/results/sparsify_cost.md
+    python benchmarks/sparsify_cost.py --no-memory --out benchmarks/results/sparsify_cost.md
     python benchmarks/sparsify_cost.py --rounds 0 --out benchmarks/results/sparsify_memory.md
 """
-import argparse, json, random, resource, statistics, subprocess, sys, time, warnings
+import argparse, json, random, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 warnings.filterwarnings('ignore')
 import timm, torch
@@ -17,6 +18,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from fastcompress.callback.sparsify import SparsifyCallback
 from fastcompress.data import digits
 from peers import fasterai_callback
@@ -69,27 +71,33 @@ def together(model, dls, epochs, turn):
     return secs, {k: len(getattr(c, 'history', ())) for k,c in cbs.items()}
 
 def peak(model, kind, a):
-    "Largest resident set of a fresh process, MB"
-    out = subprocess.run([sys.executable, __file__, '--peak', model, kind, '--size', str(a.size), '--bs', str(a.bs), '--epochs', '1'], capture_output=True, text=True, check=True)
+    "Most bytes of tensors at any time in a fresh process, MB"
+    out = subprocess.run([sys.executable, __file__, '--peak', model, kind, '--size', str(a.size), '--bs', str(a.bs), '--threads', '1'], capture_output=True, text=True, check=True)
     return json.loads(out.stdout.splitlines()[-1])
+
+def trace_peak(model, dls, kind):
+    learn,cb = learner(model, dls, kind),KINDS[kind]()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: learn.fit(1, 1e-3, cbs=cb)
+    with tempfile.TemporaryDirectory() as d:
+        p.export_chrome_trace(f'{d}/trace.json')
+        events = json.loads(Path(f'{d}/trace.json').read_text())['traceEvents']
+    return max(e['args']['Total Allocated'] for e in events if e.get('name')=='[memory]')/2**20
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--rounds', type=int, default=5); p.add_argument('--epochs', type=int, default=8)
     p.add_argument('--models', default='small,resnet18'); p.add_argument('--size', type=int, default=32)
     p.add_argument('--bs', type=int, default=64); p.add_argument('--threads', type=int, default=0)
-    p.add_argument('--mem-rounds', type=int, default=3)
+    p.add_argument('--no-memory', action='store_true')
     p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS); p.add_argument('--out')
     a = p.parse_args()
     if a.threads: torch.set_num_threads(a.threads)
     dls = digits(size=a.size, bs=a.bs)
     if a.peak:
-        cb = KINDS[a.peak[1]]()
-        learner(a.peak[0], dls, a.peak[1]).fit(a.epochs, 1e-3, cbs=cb)
-        return print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
+        return print(json.dumps(trace_peak(a.peak[0], dls, a.peak[1])))
     lines = []
     def say(s): print(s, flush=True); lines.append(s)
-    say(f'{torch.get_num_threads()} threads, {a.epochs} epochs of {len(dls.train)} steps, batch {a.bs}, {a.size} px, {a.rounds} rounds, 80% of the weights\n')
+    if a.rounds: say(f'{torch.get_num_threads()} threads, {a.epochs} epochs of {len(dls.train)} steps, batch {a.bs}, {a.size} px, {a.rounds} rounds, 80% of the weights\n')
     if a.rounds: say('| model | callback | time / none: median | min | max | changes of masks | none, ms a step |\n|---|---|---|---|---|---|---|')
     for model in a.models.split(',') if a.rounds else []:
         times = {k:[] for k in KINDS}
@@ -101,15 +109,10 @@ def main():
         for k in list(KINDS)[1:]:
             q = [t/b for t,b in zip(times[k], times['none'])]
             say(f"| {model} | {k} | {statistics.median(q):.3f} | {min(q):.3f} | {max(q):.3f} | {updates[k] or ('none' if k=='held' else 'every step')} | {base:.1f} |")
-    if a.mem_rounds: say('\n| model | callback | peak memory above none, MB: median | min | max | one byte a weight, MB |\n|---|---|---|---|---|---|')
-    for model in a.models.split(',') if a.mem_rounds else []:
-        n = sum(q.numel() for q in MODELS[model]().parameters())/2**20
-        got = {k: [] for k in KINDS}
-        for _ in range(a.mem_rounds):
-            for k in KINDS: got[k].append(peak(model, k, a))
-        for k in list(KINDS)[1:]:
-            d = [x-y for x,y in zip(got[k], got['none'])]
-            say(f'| {model} | {k} | {statistics.median(d):.0f} | {min(d):.0f} | {max(d):.0f} | {n:.1f} |')
+    if not a.no_memory: say('| model | callback | peak memory above none, MB | one byte a weight, MB |\n|---|---|---|---|')
+    for model in [] if a.no_memory else a.models.split(','):
+        n,none = sum(q.numel() for q in MODELS[model]().parameters())/2**20,peak(model, 'none', a)
+        for k in [o for o in KINDS if o not in ('none','held')]: say(f'| {model} | {k} | {peak(model, k, a)-none:.1f} | {n:.1f} |')
     if a.out:
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         cmd = ' '.join(o for o in ['python benchmarks/sparsify_cost.py', *sys.argv[1:]])
