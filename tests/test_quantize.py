@@ -238,7 +238,8 @@ def test_integer_model_stands_in_a_learner(learn, tmp_path):
 
 
 def test_zeros_stay_zeros_in_the_integers(learn):
-    from fastcompress.callback.sparsify import SparsifyCallback, release_masks
+    from fastcompress.callback.hold import release_masks
+    from fastcompress.callback.sparsify import SparsifyCallback
     from fastcompress.deploy.engines import Packed
     from fastcompress.deploy.lower import to_integer
     from fastcompress.prune.mask import covered_layers

@@ -12,7 +12,8 @@ from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper, RMSProp, SGD, ranger
 from fastai.torch_core import params, set_seed
 
-from fastcompress.callback.sparsify import SparsifyCallback, default_every, hold_masks, release_masks
+from fastcompress.callback.hold import hold_masks, release_masks
+from fastcompress.callback.sparsify import SparsifyCallback, default_every
 from fastcompress.data import digits
 from fastcompress.prune.mask import covered_layers, covered_weights, sparsity_of
 

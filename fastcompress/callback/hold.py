@@ -6,7 +6,7 @@
 __all__ = ['bare', 'mask_state_', 'keeps_zeros', 'MaskKeeper', 'SparsityColumn', 'hold_masks', 'release_masks', 'masks_file',
            'save_masks', 'load_masks', 'in_fit']
 
-# %% ../../nbs/callback/00_hold.ipynb #584776be
+# %% ../../nbs/callback/00_hold.ipynb #f77fb8d7
 import json,sys,warnings
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastcore.xtras import join_path_file
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..core import atomic_file

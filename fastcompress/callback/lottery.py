@@ -6,8 +6,8 @@
 __all__ = ['ticket_sparsity', 'check_rewind', 'snapshot', 'LotteryTicketCallback', 'shuffled', 'fresh_weights', 'save_ticket',
            'load_ticket', 'Lottery', 'load_lottery', 'evaluate', 'find_ticket']
 
-# %% ../../nbs/callback/03_lottery.ipynb #63d9e254
-import json, math, os, random
+# %% ../../nbs/callback/03_lottery.ipynb #0bb173c0
+import json, math, random
 from contextlib import contextmanager
 from itertools import islice
 from numbers import Integral, Real
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .hold import _pack, _unpack, bare, hold_masks, release_masks
-from ..core import check_fraction, check_writable, near, progress
+from ..core import atomic_file, check_fraction, check_writable, near, progress
 from ..prune.mask import covered_layers, covered_weights, sparse_masks
 from ..prune.score import needs
 
@@ -237,7 +237,7 @@ def fresh_weights(model:nn.Module,
     _fits(state, model, 'what new_model() made')
     return state
 
-# %% ../../nbs/callback/03_lottery.ipynb #3b0cdc12
+# %% ../../nbs/callback/03_lottery.ipynb #028af96b
 def _key(state, n): return n if n in state else f'{n}.weight'.lstrip('.')
 
 def _masked(weights, masks):
@@ -253,9 +253,8 @@ def save_ticket(path,         # file to write
     "One safetensors file: masked weights, packed masks, `info`; an old file is replaced in one step"
     tensors = {k: v.contiguous().clone() for k,v in _masked(weights, masks).items()}
     tensors.update({f'mask/{n}': _pack(m) for n,m in masks.items()})
-    tmp = Path(f'{path}.tmp')
-    save_file(tensors, tmp, metadata=dict(ticket=json.dumps(dict(info, masks={n: list(m.shape) for n,m in masks.items()}))))
-    os.replace(tmp, path)
+    meta = dict(ticket=json.dumps(dict(info, masks={n: list(m.shape) for n,m in masks.items()})))
+    with atomic_file(path) as tmp: save_file(tensors, tmp, metadata=meta)
 
 def load_ticket(path)->tuple: # state of the model, masks, info
     "What `save_ticket` wrote"
@@ -298,7 +297,7 @@ def __repr__(self:Lottery):
     return '\n'.join([f"{self.metric or 'nothing trained yet'}, {self.config['rounds']} rounds to sparsity {self.config['sparsity']:g}, rewind={self.config['rewind']!r}",
                       f"{'remaining':>9s}  {'ticket':>9s}  {'control':>9s}", *lines])
 
-# %% ../../nbs/callback/03_lottery.ipynb #aafcb2a8
+# %% ../../nbs/callback/03_lottery.ipynb #ca867f6f
 @patch
 def ticket(self:Lottery,
            round:int=-1, # 0 is the dense network before training, -1 the last ticket there is
@@ -321,9 +320,7 @@ def _note(self:Lottery, rows, **state):
     self.rows += rows
     self.state = state
     if self.path is None: return
-    tmp = self.path/'lottery.json.tmp'
-    tmp.write_text(json.dumps(dict(config=self.config, rows=self.rows, state=state), indent=1))
-    os.replace(tmp, self.path/'lottery.json')
+    with atomic_file(self.path/'lottery.json') as tmp: tmp.write_text(json.dumps(dict(config=self.config, rows=self.rows, state=state), indent=1))
 
 def load_lottery(path)->Lottery:
     "A lottery from its folder"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['default_every', 'SparsifyCallback', 'place']
 
-# %% ../../nbs/callback/02_sparsify.ipynb #67008fa1
-import math, random, warnings
+# %% ../../nbs/callback/02_sparsify.ipynb #37359a4c
+import math, warnings
 from collections.abc import Mapping
 
 import torch
@@ -14,11 +14,11 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch, store_attr
-from torch import Tensor, nn
+from torch import nn
 
-from .hold import bare, hold_masks, release_masks
-from .quantize import calibration_dl
-from ..core import as_args, check_fraction, fork_rng, plain
+from .hold import bare, hold_masks
+from .quantize import training_batches
+from ..core import check_fraction, plain
 from ..prune.mask import (alive, allocation, check_most, check_shapes, competitors, covered_modules, covered_weights, elementwise,
                                      granularity as granularity_of, n_pieces, n_removed, pieces, select_masks, spread_masks)
 from ..prune.probe import Gather, probe
@@ -184,7 +184,7 @@ def _exchange(self:SparsifyCallback, r, p, target, pos, ws, ms):
     grown = pieces(ws, ms, self.granularity, self.regrow, self._stats(self.regrow, r['names'], self._dense))
     return spread_masks(select_masks(_Grow(grown, kept), gone/n), grown, ms)
 
-# %% ../../nbs/callback/02_sparsify.ipynb #beb4f3d3
+# %% ../../nbs/callback/02_sparsify.ipynb #1593302d
 @patch
 def _stats(self:SparsifyCallback, criterion, names, have=None):
     want = needs(criterion)
@@ -199,13 +199,8 @@ def _stats(self:SparsifyCallback, criterion, names, have=None):
 
 @patch
 def _probe(self:SparsifyCallback, wanted, names):
-    state = random.getstate()
-    with fork_rng(), torch.enable_grad():
-        dl,n_inp = calibration_dl(self.dls),self.dls.n_inp
-        batches = [(as_args(b)[:n_inp], as_args(b)[n_inp:]) for b,_ in zip(dl, range(self.n_batches))]
-        out = probe(bare(self.model), batches, self.learn.loss_func, {o: self._ws[o] for o in names}, wanted, {o: self._ms[o] for o in names})
-    random.setstate(state)
-    return out
+    batches = training_batches(self.dls, self.n_batches)
+    return probe(bare(self.model), batches, self.learn.loss_func, {o: self._ws[o] for o in names}, wanted, {o: self._ms[o] for o in names})
 
 _live = {'grad','saliency','pull'}
 @patch

@@ -6,8 +6,8 @@
 __all__ = ['columns', 'remarks', 'Column', 'column', 'percent', 'nbytes', 'decibel', 'spread', 'times', 'points', 'speed',
            'measure', 'Report', 'headlines', 'all_notes', 'to_text', 'compare']
 
-# %% ../../nbs/measure/03_report.ipynb #a7935c11
-import base64, io, json, math, os, tempfile, textwrap
+# %% ../../nbs/measure/03_report.ipynb #e3669e24
+import base64, io, json, math, textwrap
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
