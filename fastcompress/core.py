@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['near', 'Registry', 'check_fraction', 'weight_layers', 'layer_names', 'match_layers', 'eval_mode', 'plain', 'as_args',
-           'fork_rng', 'use_threads', 'check_writable', 'atomic_file', 'atomic_dir', 'progress']
+           'call', 'fork_rng', 'use_threads', 'check_writable', 'atomic_file', 'atomic_dir', 'progress']
 
-# %% ../nbs/00_core.ipynb #df4b4b65
+# %% ../nbs/00_core.ipynb #345bdf9e
 import os,shutil,sys,tempfile
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -111,6 +112,17 @@ def as_args(x)->tuple:
     "Example input `x` as the positional arguments of a model"
     x = plain(x)
     return x if isinstance(x, tuple) else (x,)
+
+# %% ../nbs/00_core.ipynb #cc362c47
+def call(model:nn.Module,
+         x,  # tensor; tuple or list of positional arguments; dict whose keys are all parameters of `forward`: keyword arguments
+        ):
+    "Run `model` on an example input of any form"
+    x = plain(x)
+    if isinstance(x, dict):
+        ps = signature(model.forward).parameters
+        if any(p.kind==p.VAR_KEYWORD for p in ps.values()) or set(x)<=set(ps): return model(**x)
+    return model(*as_args(x))
 
 # %% ../nbs/00_core.ipynb #5f402571
 @contextmanager
