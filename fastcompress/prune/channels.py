@@ -63,7 +63,7 @@ def _search(expr, want, full, attrs, gone)->bool:
         full[leaf[1:]] = was
     return False
 
-# %% ../../nbs/prune/07_channels.ipynb #72efce33
+# %% ../../nbs/prune/07_channels.ipynb #df35af0c
 @patch
 def settle_(self:Labeller, rounds=60):
     "Unite or freeze until whatever is removed leaves tensors rectangular and the code's numbers solvable"
@@ -116,6 +116,7 @@ def _blame(self:Labeller, r, by, tie):
     def lens(*exprs): return [o if isinstance(o, Len) else by[o[1:]].len for e in exprs for o in leaves(e) if isinstance(o, Len) or isinstance(by, dict) and o[1:] in by]
     if isinstance(r, Test): return lens(r.a, r.b), f'{site}the code compares {written(r.a)} with {written(r.b)}'
     if tie is not None: return tie, f'{site}two lengths that the code takes to be one'
+    if r.why: return [r.len], f'{site}{r.why}'
     if isinstance(r.expr, int): return [r.len], f'{site}the number {r.expr} is written in the code'
     return [r.len, *lens(r.expr)], f'{site}the code computes a length as {written(r.expr)}'
 
@@ -224,7 +225,7 @@ def _frozen(L):
         if why.any(): out[name.removesuffix('.weight')] = L.slots.reasons[Counter(why[why>0].tolist()).most_common(1)[0][0]]
     return out
 
-# %% ../../nbs/prune/07_channels.ipynb #ad378537
+# %% ../../nbs/prune/07_channels.ipynb #3a4522c2
 def check_device(model, x):
     "`ValueError` if `x` is elsewhere than `model`"
     at = next((p.device for p in [*model.parameters(), *model.buffers()]), None)
@@ -247,7 +248,7 @@ def find_groups(model:nn.Module, # left as it was
     slot,axis,at,root = slot[ok],axis[ok],at[ok],root[ok]
     order = np.lexsort((at, axis, root))
     axis,at,root = axis[order],at[order],root[order]
-    starts = np.r_[0, np.flatnonzero(np.diff(root))+1, len(root)]
+    starts = np.r_[0, np.flatnonzero(np.diff(root))+1, len(root)] if len(root) else np.zeros(1, int)
     classes = defaultdict(list)
     for i,j in zip(starts[:-1], starts[1:]): classes[axis[i:j].tobytes()].append((i, j))
     marked = defaultdict(set)

@@ -153,13 +153,14 @@ def squash(m:Tensor)->Tensor:
         if c.shape[a]>1 and (c==c.narrow(a, 0, 1)).all(): c = c.narrow(a, 0, 1)
     return c.expand(shape)
 
-# %% ../../nbs/prune/05_labels.ipynb #0ca130db
+# %% ../../nbs/prune/05_labels.ipynb #fea226e9
 @dataclass
 class Rule:
     "One equation that must hold after removal: a number in the code, and the length it stands for"
     expr:object # what a `Dim` remembers, or an int
     len:Len     # of the axis
     site:str    # path of the module in whose forward it was met
+    why:str=''  # why nothing adapts it, in words
 
 @dataclass
 class Test:
@@ -267,7 +268,7 @@ def _fit(self:Labeller, big, small, vbig, vsmall):
     self.freeze(small, 'the same numbers serve every head or group')
     return big, small
 
-# %% ../../nbs/prune/05_labels.ipynb #ffa7c316
+# %% ../../nbs/prune/05_labels.ipynb #e5cc6291
 @patch
 def pair(self:Labeller, A, sa, B, sb):
     "Element-wise meeting of two tensors with label maps `A`, `B` and (aligned) shapes `sa`, `sb`"
@@ -317,12 +318,12 @@ def local(self:Labeller, maps, axes, reason):
         out.append(m)
     return out
 @patch
-def equal(self:Labeller, expr, length:Len):
+def equal(self:Labeller, expr, length:Len, why=''):
     "After removal, the number written as `expr` must be the length of that axis"
     expr = expr_of(expr)
-    if length.maps or not isinstance(expr, int): self.rules.append(Rule(expr, length, self.site))
+    if length.maps or not isinstance(expr, int): self.rules.append(Rule(expr, length, self.site, why))
 
-# %% ../../nbs/prune/05_labels.ipynb #70ed2f9a
+# %% ../../nbs/prune/05_labels.ipynb #30b9b221
 _silent = set('''size shape dim ndim numel nelement stride is_contiguous device dtype layout requires_grad is_floating_point is_complex __len__ __hash__ item tolist is_nested is_sparse
 is_quantized is_cuda is_meta is_mkldnn is_cpu is_mps is_xla grad grad_fn storage_offset data_ptr element_size get_device type __repr__ __format__ __bool__ __float__ __int__ __index__ is_inference __contains__ names has_names
 is_leaf output_nr _version retain_grad register_hook is_same_size equal allclose assert_async __dir__ __class__ __deepcopy__ is_grad_enabled set_grad_enabled _is_view is_conj is_neg is_xpu is_privateuseone is_vulkan is_ipu is_maia is_signed untyped_storage _base itemsize nbytes result_type can_cast promote_types finfo arange linspace tensor as_tensor scalar_tensor from_numpy meshgrid unique eye hann_window load randint randperm manual_seed'''.split())
@@ -385,7 +386,8 @@ def read_shape(self:Labeller, func, name, args, kwargs):
 
 @patch
 def compare(self:Labeller, op, a, b, outcome):
-    if not self.ruling: self.tests.append(Test(op, expr_of(a), expr_of(b), outcome, self.site))
+    a,b = expr_of(a),expr_of(b)
+    if not self.ruling and any(isinstance(o, Len) for o in leaves(a)+leaves(b)): self.tests.append(Test(op, a, b, outcome, self.site))
 
 _no = lambda *args: False
 _checks = 'has_torch_function','has_torch_function_unary','has_torch_function_variadic'

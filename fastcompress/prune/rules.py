@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['label', 'aligned', 'pointwise', 'same', 'movement', 'expand', 'creation', 'copied', 'cat', 'split', 'getitem',
            'setitem', 'by_place', 'embedding', 'pad', 'spatial', 'reduction', 'softmax', 'batch_norm', 'layer_norm',
-           'group_norm', 'prelu', 'linear', 'matmul', 'addmm', 'einsum', 'attention', 'conv', 'point_conv',
-           'along_channels', 'pixel_shuffle', 'channel_shuffle', 'im2col', 'col2im']
+           'group_norm', 'glu', 'weight_norm', 'prelu', 'linear', 'matmul', 'addmm', 'einsum', 'attention', 'conv',
+           'point_conv', 'along_channels', 'pixel_shuffle', 'channel_shuffle', 'im2col', 'col2im']
 
 # %% ../../nbs/prune/06_rules.ipynb #75ca5ae4
 import re
@@ -64,7 +64,7 @@ zeros_like ones_like rand_like randn_like empty_like full_like tril triu require
 def same(L, func, args, kwargs, out):
     if isinstance(out, Tensor): L.set(out, L.maps(args[0]))
 
-# %% ../../nbs/prune/06_rules.ipynb #bf37b359
+# %% ../../nbs/prune/06_rules.ipynb #11381922
 def _on(func, m, args, kwargs):
     "A data-movement function run on a label map"
     name = func.__name__.strip('_')
@@ -100,16 +100,16 @@ def sizes(self:Labeller, func, args, kwargs, outs):
         for i,v in enumerate(to):
             if v!=-1: self.equal(v, self.len(outs[0], at+i))
         self.joint += [(m, [0 if v==-1 else expr_of(v) for v in to] if name!='unflatten' else None) for m in self.maps(outs[0]) if len(varying(m))>1]
-    elif name in ('unbind',): self.fixed(x, args[1] if len(args)>1 else kwargs.get('dim', 0))
+    elif name=='unbind': self.fixed(x, args[1] if len(args)>1 else kwargs.get('dim', 0), 'it is taken apart into single pieces')
     elif name in ('select','narrow','diagonal'):
         d = args[1] if len(args)>1 else kwargs.get('dim', 0)
-        self.fixed(x, d)
+        self.fixed(x, d, 'channels are picked by number')
 
 @patch
-def fixed(self:Labeller, x, axis):
-    "The length of this axis is a number that nothing adapts"
+def fixed(self:Labeller, x, axis, why):
+    "Nothing may go from this axis, because of `why`"
     length = self.len(x, axis)
-    if length.maps: self.equal(int(length.n), length)
+    if length.maps: self.equal(int(length.n), length, why)
 
 # %% ../../nbs/prune/06_rules.ipynb #37743093
 @op_rules('expand','expand_as','broadcast_to')
@@ -167,7 +167,7 @@ def _joined(L, col, axis, shape):
     if len(varying(m))>1: L.joint.append((m, None))
     return m
 
-# %% ../../nbs/prune/06_rules.ipynb #7e91654c
+# %% ../../nbs/prune/06_rules.ipynb #174e29ee
 @op_rules('split','split_with_sizes','chunk','tensor_split')
 def split(L, func, args, kwargs, out):
     x = args[0]
@@ -183,11 +183,11 @@ def split(L, func, args, kwargs, out):
         at += o.shape[axis]
         if isinstance(how, (tuple, list)): L.equal(how[i], L.len(o, axis))
         elif func.__name__.strip('_').startswith('split') and (i<len(out)-1 or len(out)==1): L.equal(how, L.len(o, axis))
-    if even and len({o.shape[axis] for o in out})>1: L.fixed(x, axis)
+    if even and len({o.shape[axis] for o in out})>1: L.fixed(x, axis, 'it is split into unequal parts')
 
 def _flat_back(m, axis): return squash(m.flatten(axis, axis+1))
 
-# %% ../../nbs/prune/06_rules.ipynb #dc6774ef
+# %% ../../nbs/prune/06_rules.ipynb #0ca862ba
 @op_rules('getitem')
 def getitem(L, func, args, kwargs, out):
     x,idx = args
@@ -201,14 +201,14 @@ def getitem(L, func, args, kwargs, out):
         if i is None: continue
         if i is Ellipsis: axis += x.ndim-used; continue
         if isinstance(i, slice): L.sliced(x, axis, i)
-        else: L.fixed(x, axis)
+        else: L.fixed(x, axis, 'channels are picked by number')
         axis += i.ndim if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1
 
 @patch
 def sliced(self:Labeller, x, axis, i):
     "A slice of an axis with labels: its ends must move with what is removed"
     if not self.len(x, axis).maps: return
-    if i.step not in (None, 1): return self.fixed(x, axis)
+    if i.step not in (None, 1): return self.fixed(x, axis, 'channels are picked in steps')
     n,maps = x.shape[axis],self.maps(x)
     for end in i.start,i.stop:
         if end is None or end==0 or end>=n: continue
@@ -233,7 +233,7 @@ def setitem(L, func, args, kwargs, out):
     L.set(x, [m, *maps[1:]])
     L.joint.append((m, None))
     for a in range(x.ndim):
-        if _cuts(idx, a): L.fixed(x, a)
+        if _cuts(idx, a): L.fixed(x, a, 'it is written to in places')
 
 def _parts(idx): return idx if isinstance(idx, tuple) else (idx,)
 def _whole(idx): return all(i is Ellipsis or isinstance(i, slice) and i==slice(None) for i in _parts(idx))
@@ -243,7 +243,7 @@ def _cuts(idx, axis):
     if any(i is Ellipsis or i is None or isinstance(i, Tensor) for i in idx): return not _whole(idx)
     return axis<len(idx) and not (isinstance(idx[axis], slice) and idx[axis]==slice(None))
 
-# %% ../../nbs/prune/06_rules.ipynb #c0595dd6
+# %% ../../nbs/prune/06_rules.ipynb #20915850
 @op_rules('index_select','gather','roll','take_along_dim','unfold','as_strided','index','embedding','cumsum','sort','argsort','topk','argmax','argmin')
 def by_place(L, func, args, kwargs, out):
     "Operations along one axis by position: its labels stay, the others go on"
@@ -251,7 +251,7 @@ def by_place(L, func, args, kwargs, out):
     if name=='embedding': return embedding(L, args, out)
     x,axis = args[0],arg_of(args, kwargs, 2 if name=='roll' else 2 if name=='topk' else 1, 'dims' if name=='roll' else 'dim', -1)
     if name=='as_strided' or axis is None: return unknown(L, func, args, kwargs, out)
-    for a in axis if isinstance(axis, (tuple, list)) else [axis]: L.fixed(x, a)
+    for a in axis if isinstance(axis, (tuple, list)) else [axis]: L.fixed(x, a, f'{name} goes by the place of channels')
     if isinstance(out, (tuple, list)): out = out[0]
     if name in ('argmax','argmin'): return L.set(out, [m.select(axis, 0) if not kwargs.get('keepdim') else m.narrow(axis, 0, 1) for m in L.maps(x) if axis%x.ndim not in varying(m)])
     maps = [m for m in L.maps(x)]
@@ -260,6 +260,7 @@ def by_place(L, func, args, kwargs, out):
 
 def embedding(L, args, out):
     w,idx = args[:2]
+    L.use(L.maps(w), 1, 'out')
     for m in L.maps(w):
         if 0 in varying(m): L.freeze(m, 'rows are looked up by number')
     L.set(out, [m[0].expand(out.shape) for m in L.maps(w) if 0 not in varying(m)])
@@ -308,7 +309,7 @@ def reduction(L, func, args, kwargs, out):
 def softmax(L, func, args, kwargs, out):
     L.set(out, L.reduce(L.maps(args[0]), [arg_of(args, kwargs, 1, 'dim')], 'softmax over channels', keep=True))
 
-# %% ../../nbs/prune/06_rules.ipynb #109d09f1
+# %% ../../nbs/prune/06_rules.ipynb #a77cb008
 def _affine(L, x, maps, params, axis):
     "Maps of `x` after meeting per-channel parameters along its `axis`"
     shape = tuple(x.shape)
@@ -352,12 +353,25 @@ def group_norm(L, func, args, kwargs, out):
     else: L.equal(g, L.len(x, 1))
     L.set(out, _affine(L, x, maps, [arg_of(args, kwargs, 2, 'weight'), arg_of(args, kwargs, 3, 'bias')], 1))
 
+@op_rules('glu')
+def glu(L, func, args, kwargs, out):
+    x,axis = args[0],arg_of(args, kwargs, 1, 'dim', -1)%args[0].ndim
+    maps = [_flat_back(L.along(m.unflatten(axis, (2, -1)), [axis]), axis) if axis in varying(m) else m for m in L.maps(x)]
+    L.set(out, [m.narrow(axis, 0, out.shape[axis]) for m in maps])
+
+@op_rules('weight_norm','weight_norm_interface')
+def weight_norm(L, func, args, kwargs, out):
+    v,g,dim = args[0],args[1],arg_of(args, kwargs, 2, 'dim', 0)
+    maps = L.reduce(L.maps(v), [a for a in range(v.ndim) if a!=dim%v.ndim], 'norm of weights', keep=True)
+    maps,_ = L.pair(maps, tuple(v.shape), *aligned(L, g, v.ndim))
+    L.set(out[0] if isinstance(out, tuple) else out, [m.expand(v.shape) for m in maps])
+
 @op_rules('prelu')
 def prelu(L, func, args, kwargs, out):
     x,w = args[:2]
     L.set(out, _affine(L, x, L.maps(x), [w] if w.numel()>1 else [], 1 if x.ndim>1 else 0))
 
-# %% ../../nbs/prune/06_rules.ipynb #e18d927d
+# %% ../../nbs/prune/06_rules.ipynb #fd7c247a
 @patch
 def contract(self:Labeller, A, sa, B, sb, axis=-1):
     "Maps of a product summed over `axis`, which is dropped; operands aligned in one space of axes"
@@ -375,7 +389,7 @@ def use(self:Labeller, maps, axis, role):
     for m in maps:
         if varying(m)==[axis]:
             i = as_np(compact(m)).ravel()
-            self.slots.role[i[self.slots.role[i]==0]] = _roles[role]
+            self.slots.role[i[self.slots.role[i]!=_roles['out']]] = _roles[role] # what makes channels in one place and reads them in another makes them
 
 # %% ../../nbs/prune/06_rules.ipynb #6e79806a
 @op_rules('linear')
@@ -415,14 +429,16 @@ def addmm(L, func, args, kwargs, out):
     matmul(L, torch.matmul, args[1:3], {}, out)
     L.set(out, [m.expand(out.shape) for m in L.meet(args[0], out)])
 
-# %% ../../nbs/prune/06_rules.ipynb #c09af1e9
+# %% ../../nbs/prune/06_rules.ipynb #7125fbd2
 @op_rules('einsum')
 def einsum(L, func, args, kwargs, out):
     eq,ts = args[0],list(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
     eq = eq.replace(' ', '')
-    lhs,_,rhs = eq.partition('->')
+    lhs,arrow,rhs = eq.partition('->')
+    if not arrow: rhs = '...'*('...' in eq)+ ''.join(c for c in sorted(set(lhs)-set(',.')) if lhs.count(c)==1)
+    if '...' in eq: lhs,rhs = _spelled(lhs, rhs, ts)
     terms = lhs.split(',')
-    if '...' in eq or '->' not in eq or any(len(set(t))!=len(t) for t in terms): return unknown(L, func, args, kwargs, out)
+    if any(len(set(t))!=len(t) for t in terms): return unknown(L, func, args, kwargs, out) # a diagonal
     letters = rhs+''.join(sorted(set(''.join(terms))-set(rhs)))
     def to(t, term):
         order = sorted(term, key=letters.index)
@@ -436,6 +452,13 @@ def einsum(L, func, args, kwargs, out):
     gone = range(len(rhs), len(letters))
     L.set(out, [m[(slice(None),)*len(rhs)+(0,)*len(gone)].expand(out.shape) for m in L.reduce([m.expand(sa) for m in A], gone)])
     L.count(out, *[L.len(A, i, sa[i]) for i in gone])
+
+def _spelled(lhs, rhs, ts):
+    "An ellipsis as letters"
+    terms = lhs.split(',')
+    n = max(t.ndim-len(term)+3 for t,term in zip(ts, terms) if '...' in term)
+    free = ''.join(c for c in map(chr, range(65, 91)) if c not in lhs)[:n]
+    return ','.join(term.replace('...', free[n-(t.ndim-len(term)+3):]) if '...' in term else term for t,term in zip(ts, terms)), rhs.replace('...', free)
 
 @op_rules('scaled_dot_product_attention')
 def attention(L, func, args, kwargs, out):
