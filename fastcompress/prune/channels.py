@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .labels import Labeller, Len, Rule, Test, as_np, comparisons, compact, leaves, value_of, varying, written
 from .rules import label
 
-# %% ../../nbs/prune/07_channels.ipynb #3f06968d
+# %% ../../nbs/prune/07_channels.ipynb #4004906d
 def _roots(L, length:Len)->np.ndarray:
     "One label for each position of an axis, [n]"
     return L.slots.find(length.maps[0].reshape(length.n, -1)[:,0]) if length.maps else np.zeros(length.n, np.int64)
@@ -35,8 +35,11 @@ def numbers(self:Labeller, gone)->tuple: # attributes {(path, name, place): valu
         else: rest.append((r, want))
     full = {**self.attrs, **attrs}
     for t in self.tests: _follow_test(t, full, attrs, gone)
-    for r,want in rest:
-        if value_of(r.expr, full, gone)!=want and not _search(r.expr, want, full, attrs, gone): bad.append((r, by))
+    while True: # an attribute that one number settles may upset another
+        n = len(attrs)
+        broken = [r for r,want in rest if value_of(r.expr, full, gone)!=want and not _search(r.expr, want, full, attrs, gone)]
+        if len(attrs)==n: break
+    bad += [(r, by) for r in broken]
     for t in self.tests:
         if bool(comparisons[t.op](value_of(t.a, full, gone), value_of(t.b, full, gone)))!=bool(t.outcome): bad.append((t, by))
     return attrs, bad
@@ -55,7 +58,7 @@ def _search(expr, want, full, attrs, gone)->bool:
     for leaf in leaves(expr):
         if isinstance(leaf, Len) or leaf[1:] in attrs: continue
         was = full[leaf[1:]]
-        for v in range(was-1, 0, -1):
+        for v in range(1, was):
             full[leaf[1:]] = v
             if value_of(expr, full, gone)==want:
                 attrs[leaf[1:]] = v
@@ -63,7 +66,7 @@ def _search(expr, want, full, attrs, gone)->bool:
         full[leaf[1:]] = was
     return False
 
-# %% ../../nbs/prune/07_channels.ipynb #df35af0c
+# %% ../../nbs/prune/07_channels.ipynb #c0f10983
 @patch
 def settle_(self:Labeller, rounds=60):
     "Unite or freeze until whatever is removed leaves tensors rectangular and the code's numbers solvable"
@@ -71,12 +74,13 @@ def settle_(self:Labeller, rounds=60):
     for i in range(rounds):
         while any([self._square(m, to) for m,to in self.joint]): pass
         clean = 0 if self._mend(self._trial(rng, (.25, .5, .75, .95, .1)[i%5])) else clean+1
-        if clean==5: return
+        if clean==8: return
 
 @patch
 def _square(self:Labeller, m, to):
     m = self.canonical(m)
     v = varying(m)
+    if any(np.isin(as_np(compact(m)).flat[0], raw) for _,raw,*_ in self.derived): return False
     if len(v)<2 or (self.slots.why[as_np(compact(m))]>0).all(): return False
     def rank(a): return (to is None or to[a]==0 or not isinstance(to[a], int)), len(torch.unique(compact(m)[tuple(slice(None) if b==a else 0 for b in range(m.ndim))]))
     best = max(v, key=rank)
@@ -88,13 +92,18 @@ def _trial(self:Labeller, rng, part):
     "A removal of some classes at random"
     roots = self.slots.find(np.arange(len(self.slots)))
     go = (rng.random(len(roots))<part) & (self.slots.why==0)
+    if rng.random()<.5: # of some layers only
+        some = np.zeros(len(roots), bool)
+        for slots in self.axes.values():
+            if rng.random()<.2: some[roots[slots]] = True
+        go &= some
     for slots in self.axes.values():
         if go[r := roots[slots]].all(): go[rng.choice(r)] = False # a layer keeps something
-    return go[roots] & (self.slots.why[roots]==0)
+    return self.follow_derived(go[roots] & (self.slots.why[roots]==0))
 
 @patch
 def _mend(self:Labeller, gone)->bool:
-    bad = self.numbers(gone)[1]
+    bad = [(r, by) for r,by in self.numbers(gone)[1] if not (isinstance(r, Test) and r.b in (0, 1) and isinstance(r.a, Len))] # too few is a matter of a plan
     ties = [self._tie_of(r, by) for r,by in bad]
     for first in (True, False): # once widths follow heads, other numbers may hold by themselves
         if any([self._match(*t) for (r,_),t in zip(bad, ties) if t is not None and first==(isinstance(r, Rule) and isinstance(r.expr, tuple) and r.expr[0]=='floordiv')]): return True
@@ -165,7 +174,7 @@ def _listed(slices, most=4):
     names = list(dict.fromkeys(s.name.rpartition('.')[0] if s.name.endswith(('.weight','.bias','.running_mean','.running_var')) else s.name for s in slices))
     return ', '.join(names[:most]) + (f' and {len(names)-most} more' if len(names)>most else '')
 
-# %% ../../nbs/prune/07_channels.ipynb #49afdf6c
+# %% ../../nbs/prune/07_channels.ipynb #8a05fee1
 class Groups(list):
     "All groups of a model, and what is frozen and why"
     def __init__(self, model, L, groups):
@@ -183,8 +192,8 @@ class Groups(list):
         dead = np.zeros(len(self._slot_root), bool)
         for g in self:
             if g.name in removed: dead[g.roots[np.asarray(removed[g.name], int)]] = True
-        return dead[self._slot_root]
-    def numbers(self, removed:dict)->dict: # module path -> {attribute: number, or list of numbers}
+        return self._L.follow_derived(dead[self._slot_root])
+    def numbers(self, removed:dict)->dict: # module path -> {attribute: number, or {place in a list: number}}
         "Attributes that the model's code must find when units `removed` have gone; those that stay as they are left out"
         attrs,bad = self._L.numbers(self.gone(removed))
         if bad: raise ValueError(f"the code couldn't go on: {self._L._blame(*bad[0], None)[1]}")
@@ -192,9 +201,7 @@ class Groups(list):
         for (path,name,i),v in attrs.items():
             if v==self._L.attrs[path,name,i]: continue
             if i is None: out.setdefault(path, {})[name] = v
-            else:
-                whole = [self._L.attrs.get((path, name, j)) for j in range(1+max(k[2] for k in self._L.attrs if k[:2]==(path, name)))]
-                out.setdefault(path, {}).setdefault(name, whole)[i] = v
+            else: out.setdefault(path, {}).setdefault(name, {})[str(i)] = v
         return out
     def clashes(self, removed:dict)->dict: # group name -> why
         "Groups that can't lose these units, because a number in the code would be wrong; empty as a rule"
@@ -222,10 +229,12 @@ def _frozen(L):
     for (name,axis),slots in L.axes.items():
         if _role(L, slots)!='out': continue
         why = L.slots.why[L.slots.find(slots)]
-        if why.any(): out[name.removesuffix('.weight')] = L.slots.reasons[Counter(why[why>0].tolist()).most_common(1)[0][0]]
+        if why.any():
+            word = L.slots.reasons[Counter(why[why>0].tolist()).most_common(1)[0][0]]
+            out[name.removesuffix('.weight')] = word if why.all() else f'{(why>0).sum()} of {len(why)} channels: {word}'
     return out
 
-# %% ../../nbs/prune/07_channels.ipynb #3a4522c2
+# %% ../../nbs/prune/07_channels.ipynb #a6173495
 def check_device(model, x):
     "`ValueError` if `x` is elsewhere than `model`"
     at = next((p.device for p in [*model.parameters(), *model.buffers()]), None)
@@ -243,8 +252,14 @@ def find_groups(model:nn.Module, # left as it was
     slot = np.concatenate([L.axes[k] for k in axes])
     axis = np.repeat(np.arange(len(axes)), [len(L.axes[k]) for k in axes])
     at = np.concatenate([np.arange(len(L.axes[k])) for k in axes])
-    root = L.slots.find(slot)
-    ok = L.slots.why[root]==0
+    root,role = L.slots.find(slot),[_role(L, L.axes[k]) for k in axes]
+    ok = (L.slots.why[root]==0) & ~np.isin(slot, np.concatenate([[-1], *(raw.ravel() for _,raw,*_ in L.derived)]))
+    for key,raw,made,read in L.derived: # its places follow the channels they stand for
+        for word,owner in (('out', made[:,None,None]),('with', read[None,:,None])):
+            axes.append(key); role.append(word)
+            r = L.slots.find(np.broadcast_to(owner, raw.shape).ravel())
+            slot,axis,at,root = np.r_[slot, raw.ravel()],np.r_[axis, np.full(raw.size, len(axes)-1)],np.r_[at, raw.ravel()-L.axes[key][0]],np.r_[root, r]
+            ok = np.r_[ok, L.slots.why[r]==0]
     slot,axis,at,root = slot[ok],axis[ok],at[ok],root[ok]
     order = np.lexsort((at, axis, root))
     axis,at,root = axis[order],at[order],root[order]
@@ -259,7 +274,7 @@ def find_groups(model:nn.Module, # left as it was
         ks = np.frombuffer(key, axis.dtype)
         spans = sorted(spans, key=lambda s: at[s[0]])
         index = np.stack([at[i:j] for i,j in spans])
-        slices = [Slice(*axes[k], _role(L, L.axes[axes[k]]), index[:, ks==k]) for k in dict.fromkeys(ks.tolist())]
+        slices = [Slice(*axes[k], role[k], index[:, ks==k]) for k in dict.fromkeys(ks.tolist())]
         if not any(s.role=='out' for s in slices): continue
         roots = np.array([root[i] for i,_ in spans])
         groups.append((slices, roots, sorted(set().union(*(marked[r] for r in roots)))))

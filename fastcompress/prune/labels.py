@@ -7,11 +7,12 @@ __all__ = ['arithmetic', 'comparisons', 'op_rules', 'Slots', 'Dim', 'expr_of', '
            'compact', 'squash', 'Rule', 'Test', 'model_paths', 'Labeller', 'unknown', 'as_np', 'arg_of', 'op_name',
            'remembering', 'watching']
 
-# %% ../../nbs/prune/05_labels.ipynb #716faf62
+# %% ../../nbs/prune/05_labels.ipynb #b4496b8e
 import operator,re,sys,types
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -61,7 +62,7 @@ class Slots:
         if reason not in self.reasons: self.reasons.append(reason)
         self.why[r] = self.reasons.index(reason)
 
-# %% ../../nbs/prune/05_labels.ipynb #16eea462
+# %% ../../nbs/prune/05_labels.ipynb #1c44a5e6
 class Dim(int):
     "A whole number that remembers where it came from: an attribute, the length of an axis, or arithmetic with these"
     def __new__(cls, value, expr, log=None):
@@ -74,7 +75,7 @@ class Dim(int):
 arithmetic = dict(add=operator.add, sub=operator.sub, mul=operator.mul, floordiv=operator.floordiv, mod=operator.mod)
 comparisons = dict(eq=operator.eq, ne=operator.ne, lt=operator.lt, le=operator.le, gt=operator.gt, ge=operator.ge)
 
-def expr_of(v): return v.expr if isinstance(v, Dim) else int(v)
+def expr_of(v): return v.expr if isinstance(v, Dim) else int.__index__(v)
 
 def _arith(name, f, swap):
     def method(self, other):
@@ -91,12 +92,27 @@ def _compare(name):
         return res
     return method
 
+def _computes(name):
+    def method(self, *args): return getattr(int, f'__{name}__')(self.used(), *args)
+    return method
+
 for _name,_f in arithmetic.items():
     setattr(Dim, f'__{_name}__', _arith(_name, _f, False))
     setattr(Dim, f'__r{_name}__', _arith(_name, _f, True))
 for _name in comparisons: setattr(Dim, f'__{_name}__', _compare(_name))
+for _name in 'truediv rtruediv pow rpow float and or xor rshift lshift divmod round trunc'.split(): setattr(Dim, f'__{_name}__', _computes(_name))
 
-# %% ../../nbs/prune/05_labels.ipynb #edd60878
+@patch
+def used(self:Dim)->int:
+    "The plain number, for a computation that isn't about lengths any more"
+    return int.__index__(self) if self.log is None else self.log('used', self, None, None)
+@patch
+def __bool__(self:Dim):
+    res = int.__ne__(self, 0)
+    if self.log is not None: self.log('ne', self, 0, res)
+    return res
+
+# %% ../../nbs/prune/05_labels.ipynb #97ca5918
 @dataclass(frozen=True, eq=False)
 class Len:
     "Length of an axis whose positions carry labels"
@@ -109,6 +125,7 @@ class Len:
         for m in self.maps: keep &= ~gone[m].reshape(self.n, -1).all(1)
         return keep
     def new(self, gone)->int: return int(self.kept(gone).sum()) if self.maps else self.n
+    def part(self, a:int, b:int): return Len(b-a, tuple(m[a:b] for m in self.maps)) # from position `a` to `b`
 
 def value_of(expr,  # what a `Dim` remembers
              attrs, # (module path, name, place) -> value
@@ -167,7 +184,7 @@ class Test:
     "A comparison in the code, whose outcome must stay what it was"
     op:str; a:object; b:object; outcome:bool; site:str
 
-# %% ../../nbs/prune/05_labels.ipynb #56e7ace3
+# %% ../../nbs/prune/05_labels.ipynb #9fb350b5
 def model_paths(model)->dict: # module -> its path, the first if it has several
     "Paths of all modules"
     paths = {}
@@ -181,11 +198,11 @@ class Labeller(TorchFunctionMode):
     def __init__(self, model):
         super().__init__()
         self.slots,self.labels,self.lifted,self.stack = Slots(),WeakTensorKeyDictionary(),WeakTensorKeyDictionary(),[]
-        self.rules,self.tests,self.joint,self.marks,self.macs,self.attrs = [],[],[],[],[],{}
+        self.rules,self.tests,self.joint,self.marks,self.macs,self.attrs,self.derived = [],[],[],[],[],{},[]
         self.axes,self.unknown = {},Counter() # (tensor name, axis) -> its slots
         self.names,self.paths = {},model_paths(model)
         for n,t in [*model.named_parameters(), *model.named_buffers()]: self.names.setdefault(id(t), n)
-        self._steps,self.inside,self.ruling = {},[],False
+        self._steps,self.inside,self.ruling,self.remembers = {},[],False,True
     @property
     def site(self): return self.stack[-1] if self.stack else ''
     def maps(self, t)->list:
@@ -225,8 +242,19 @@ def unknown(L, func, args, kwargs, out):
     for t in tree_leaves(out):
         if isinstance(t, Tensor): L.set(t, [])
 
-# %% ../../nbs/prune/05_labels.ipynb #dfd30680
+# %% ../../nbs/prune/05_labels.ipynb #f06bf114
 def as_np(m): return m.numpy()
+
+@patch
+def derive(self:Labeller, key, raw, made, read):
+    "Slots `raw` [out, in, places] of axis `key` go when their output slot in `made` goes, or their input slot in `read`"
+    self.derived.append((key, raw, made, read))
+
+@patch
+def follow_derived(self:Labeller, gone):
+    "Mark what goes with others"
+    for _,raw,made,read in self.derived: gone[raw] = gone[self.slots.find(made)][:,None,None] | gone[self.slots.find(read)][None,:,None]
+    return gone
 
 @patch
 def along(self:Labeller, m, axes):
@@ -323,7 +351,7 @@ def equal(self:Labeller, expr, length:Len, why=''):
     expr = expr_of(expr)
     if length.maps or not isinstance(expr, int): self.rules.append(Rule(expr, length, self.site, why))
 
-# %% ../../nbs/prune/05_labels.ipynb #30b9b221
+# %% ../../nbs/prune/05_labels.ipynb #4d79142d
 _silent = set('''size shape dim ndim numel nelement stride is_contiguous device dtype layout requires_grad is_floating_point is_complex __len__ __hash__ item tolist is_nested is_sparse
 is_quantized is_cuda is_meta is_mkldnn is_cpu is_mps is_xla grad grad_fn storage_offset data_ptr element_size get_device type __repr__ __format__ __bool__ __float__ __int__ __index__ is_inference __contains__ names has_names
 is_leaf output_nr _version retain_grad register_hook is_same_size equal allclose assert_async __dir__ __class__ __deepcopy__ is_grad_enabled set_grad_enabled _is_view is_conj is_neg is_xpu is_privateuseone is_vulkan is_ipu is_maia is_signed untyped_storage _base itemsize nbytes result_type can_cast promote_types finfo arange linspace tensor as_tensor scalar_tensor from_numpy meshgrid unique eye hann_window load randint randperm manual_seed'''.split())
@@ -347,7 +375,7 @@ def op_name(func)->str:
 @patch
 def __torch_function__(self:Labeller, func, types, args=(), kwargs=None):
     kwargs,name,raw = kwargs or {},op_name(func),getattr(func, '__name__', '')
-    if name in ('shape','size') and isinstance(args[0], Tensor): return self.read_shape(func, name, args, kwargs)
+    if name in ('shape','size','numel','nelement') and isinstance(args[0], Tensor): return self.read_shape(func, name, args, kwargs)
     if (step := self.steppable(func)) is not None:
         self.inside.append(func)
         try:
@@ -356,22 +384,40 @@ def __torch_function__(self:Labeller, func, types, args=(), kwargs=None):
     out = func(*args, **kwargs)
     if name in _silent or raw in _silent or raw=='__set__' or not any(isinstance(t, Tensor) for t in tree_leaves((args, kwargs, out))): return out
     tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
-    for k in ('input','weight') if 'input' in kwargs or (len(args)==1 and 'weight' in kwargs) else ():
-        if k in kwargs: args,kwargs = (*args, kwargs[k]),{o:v for o,v in kwargs.items() if o!=k}
+    args,kwargs = _in_place(args, kwargs)
     rule = op_rules.get(name)
     if rule is None: unknown(self, func, args, kwargs, out)
-    elif self._wanted(name, tensors, kwargs): self._apply(rule, func, args, kwargs, out)
+    elif self._wanted(name, args, tensors, kwargs): self._apply(rule, func, args, kwargs, out)
     return out
+
+_order = [('input','self','query','tensors'),('weight','other','mat2','vec2','key','mat1','batch1'),('value','mat2','batch2')]
+def _in_place(args, kwargs):
+    "Tensors given by name, by place"
+    for i,names in enumerate(_order):
+        if len(args)!=i: continue
+        k = next((k for k in names if isinstance(kwargs.get(k), (Tensor, tuple, list))), None)
+        if k is None: break
+        args,kwargs = (*args, kwargs[k]),{o:v for o,v in kwargs.items() if o!=k}
+    return args,kwargs
 
 @patch
 def _apply(self:Labeller, rule, func, args, kwargs, out):
+    if op_name(func) not in _sized: # a number that isn't a length there
+        for d in tree_leaves((args[:6], {k:v for k,v in kwargs.items() if k!='groups'}) if 'conv' in op_name(func) else (args, kwargs)):
+            if isinstance(d, Dim): self.computed(d)
     self.ruling = True # comparisons of our own aren't the model's
     try: rule(self, func, args, kwargs, out)
     finally: self.ruling = False
+    name = getattr(func, '__name__', '')
+    if (name.endswith('_') and not name.endswith('__') or name.startswith('__i')) and isinstance(args[0], Tensor) and args[0]._is_view():
+        if not self.maps(args[0]._base): # what is written through a view would be missing in the whole
+            for m in self.maps(args[0]): self.freeze(m, 'is written into a part of a tensor')
 
+_sized = set('''view reshape unflatten expand expand_as broadcast_to split split_with_sizes tensor_split chunk narrow getitem setitem layer_norm rms_norm group_norm pad constant_pad_nd
+channel_shuffle native_channel_shuffle zeros ones empty full new_zeros new_ones new_empty new_full rand randn interpolate upsample_nearest2d upsample_bilinear2d upsample_bicubic2d'''.split())
 _makers = set('zeros ones empty full new_zeros new_ones new_empty new_full rand randn'.split())
 @patch
-def _wanted(self:Labeller, name, tensors, kwargs): return name in _makers or any(self.maps(t) for t in [*tensors, *(t for t in tree_leaves(kwargs) if isinstance(t, Tensor))])
+def _wanted(self:Labeller, name, args, tensors, kwargs): return name in _makers or name in ('expand','broadcast_to') and any(isinstance(o, Dim) for o in tree_leaves(args)) or any(self.maps(t) for t in [*tensors, *(t for t in tree_leaves(kwargs) if isinstance(t, Tensor))])
 
 @patch
 def read_shape(self:Labeller, func, name, args, kwargs):
@@ -380,14 +426,25 @@ def read_shape(self:Labeller, func, name, args, kwargs):
     if not self.maps(x): return out
     def dim(a):
         length = self.len(x, a)
-        return Dim(x.shape[a], length, self.compare) if length.maps else x.shape[a]
+        return Dim(x.shape[a], length, self.compare) if length.maps and self.remembers else x.shape[a]
+    if name in ('numel','nelement'): return prod((dim(a) for a in range(x.ndim)), start=1)
     if isinstance(out, torch.Size): return torch.Size([dim(a) for a in range(x.ndim)])
     return dim(arg_of(args, kwargs, 1, 'dim'))
 
 @patch
 def compare(self:Labeller, op, a, b, outcome):
+    if op=='used': return self.computed(a)
     a,b = expr_of(a),expr_of(b)
     if not self.ruling and any(isinstance(o, Len) for o in leaves(a)+leaves(b)): self.tests.append(Test(op, a, b, outcome, self.site))
+
+@patch
+def computed(self:Labeller, d)->int:
+    "The code computes with a number: what depends on an attribute must stay; what is a count of channels changes as a statistic does"
+    if not self.ruling:
+        if any(not isinstance(o, Len) for o in leaves(d.expr)): self.tests.append(Test('eq', d.expr, int.__index__(d), True, self.site))
+        for o in leaves(d.expr):
+            if isinstance(o, Len): self.marks += [(torch.from_numpy(m), f'{self.site}: the code computes with the number of channels'.lstrip(': ')) for m in o.maps]
+    return int.__index__(d)
 
 _no = lambda *args: False
 _checks = 'has_torch_function','has_torch_function_unary','has_torch_function_variadic'

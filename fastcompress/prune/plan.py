@@ -17,7 +17,7 @@ from torch import nn
 from ..core import near
 from .channels import Groups
 
-# %% ../../nbs/prune/08_plan.ipynb #46049927
+# %% ../../nbs/prune/08_plan.ipynb #299c71c2
 @dataclass
 class Plan:
     "What to remove from a model, by name and position"
@@ -25,7 +25,7 @@ class Plan:
     units:dict=field(default_factory=dict)     # group name -> units there are
     keep:dict=field(default_factory=dict)      # tensor name -> {axis: positions that stay}
     shapes:dict=field(default_factory=dict)    # tensor name -> its shape before
-    attrs:dict=field(default_factory=dict)     # module path -> {attribute: number or list of numbers it must have}
+    attrs:dict=field(default_factory=dict)     # module path -> {attribute: number it must have, or {place in a list: number}}
     marks:dict=field(default_factory=dict)     # group name -> statistics that change with the number of channels
     asked:dict=field(default_factory=dict)     # what was asked for: ratio, score, scope, ...
     notes:dict=field(default_factory=dict)     # group or layer -> why it lost less than asked, or nothing

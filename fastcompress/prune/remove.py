@@ -7,7 +7,7 @@ __all__ = ['tensors_of', 'check_fits', 'mask_', 'cut_', 'keep_books_', 'give_bia
            'suspects', 'proven', 'remove_', 'plan_of', 'remove', 'plan_from_masks', 'apply_given_', 'speedup_',
            'reestimate_norms_']
 
-# %% ../../nbs/prune/10_remove.ipynb #f96c7089
+# %% ../../nbs/prune/10_remove.ipynb #0ba83366
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..core import call, eval_mode, near, plain
 from .channels import find_groups
 from .lowrank import factorise_, rebuild_factors_
-from .labels import Labeller, model_paths, op_name, remembering, watching
+from .labels import Labeller, Len, leaves, model_paths, op_name, remembering, value_of, watching
 from .plan import Plan, plan_for
 
 # %% ../../nbs/prune/10_remove.ipynb #6d14ca8e
@@ -62,7 +62,7 @@ def mask_(model:nn.Module,
             params[n].index_fill_(a, gone.nonzero().flatten().to(params[n].device), 0.)
     return model
 
-# %% ../../nbs/prune/10_remove.ipynb #9ebce3a1
+# %% ../../nbs/prune/10_remove.ipynb #d1f86153
 def _sliced(t, axes):
     for a,keep in axes.items(): t = t.index_select(a, torch.as_tensor(keep, device=t.device))
     return t
@@ -73,13 +73,17 @@ def cut_(model:nn.Module, plan:Plan, opt=None, rebuild=False):
     done = set()
     for path,named in plan.attrs.items():
         m = model.get_submodule(path)
-        for k,v in named.items(): setattr(m, k, type(was)(v) if isinstance(was := getattr(m, k), (tuple, list)) else v)
+        for k,v in named.items(): setattr(m, k, _placed(getattr(m, k), v) if isinstance(v, dict) else v)
     _cut_tensors_(model, plan, opt, done, {n: d for n,d in plan.keep.items() if not _of_factors(plan, n)})
     if plan.factors:
         (rebuild_factors_ if rebuild else factorise_)(model, plan.factors)
         _cut_tensors_(model, plan, opt, done, {n: d for n,d in plan.keep.items() if _of_factors(plan, n)})
     for n in plan.biases: give_bias_(model.get_submodule(n), opt)
     return model
+
+def _placed(old, new):
+    "A list or tuple with other numbers in some places"
+    return type(old)(new.get(str(i), o) for i,o in enumerate(old))
 
 def _cut_tensors_(model, plan, opt, done, keep):
     for n,axes in keep.items():
@@ -141,7 +145,7 @@ class _Double(TorchFunctionMode):
             args,kwargs = [torch.float64 if isinstance(o, torch.dtype) and o in low else o for o in args],{k: torch.float64 if isinstance(o, torch.dtype) and o in low else o for k,o in kwargs.items()}
         return func(*args, **kwargs)
 
-# %% ../../nbs/prune/10_remove.ipynb #c705b35f
+# %% ../../nbs/prune/10_remove.ipynb #870f8359
 class Restricted(Labeller):
     "Runs a masked model so that statistics count only the channels that stay, and notes what the others bring"
     def __init__(self, model, plan, approximate=False):
@@ -152,6 +156,14 @@ class Restricted(Labeller):
         new,slots = (name,axis) not in self.axes,super().slots_of(name, axis, n)
         if new and (keep := self.plan.keep.get(name, {}).get(axis)) is not None: self.off.append(np.delete(slots, keep))
         return slots
+    def derive(self, key, raw, made, read):
+        super().derive(key, raw, made, read)
+        off = np.isin(raw, np.concatenate(self.off)) if self.off else np.zeros(raw.shape, bool)
+        self.off += [made[off.all((1,2))], read[off.all((0,2))]]
+    def computed(self, d):
+        "A count of channels is what it will be"
+        super().computed(d)
+        return value_of(d.expr, self.attrs, self.gone()) if all(isinstance(o, Len) for o in leaves(d.expr)) else int.__index__(d)
     def gone(self)->np.ndarray:
         "slot -> is it removed?"
         gone = np.zeros(len(self.slots), bool)

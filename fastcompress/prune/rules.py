@@ -8,7 +8,7 @@ __all__ = ['label', 'aligned', 'pointwise', 'same', 'movement', 'expand', 'creat
            'group_norm', 'glu', 'weight_norm', 'prelu', 'linear', 'matmul', 'addmm', 'einsum', 'attention', 'conv',
            'point_conv', 'along_channels', 'pixel_shuffle', 'channel_shuffle', 'im2col', 'col2im']
 
-# %% ../../nbs/prune/06_rules.ipynb #75ca5ae4
+# %% ../../nbs/prune/06_rules.ipynb #68de4b1d
 import re
 from math import prod
 
@@ -18,15 +18,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..core import call, eval_mode
-from .labels import Dim, Labeller, arg_of, as_np, compact, expr_of, op_name, op_rules, remembering, squash, unknown, varying, watching
+from .labels import Dim, Labeller, Len, Test, arg_of, as_np, compact, expr_of, op_name, op_rules, remembering, squash, unknown, varying, watching
 
-# %% ../../nbs/prune/06_rules.ipynb #461c198c
+# %% ../../nbs/prune/06_rules.ipynb #91040cfb
+def _run(model, x, remembers):
+    L = Labeller(model)
+    L.remembers = remembers
+    with eval_mode(model), remembering(model if remembers else nn.Identity(), L), watching(L.paths, L.stack), L: return L, call(model, x)
+
 def label(model:nn.Module,
           x, # example input; see `core.call`
          )->Labeller:
     "Run `model` on `x` in evaluation mode with labels beside"
-    L = Labeller(model)
-    with eval_mode(model), remembering(model, L), watching(L.paths, L.stack), L: out = call(model, x)
+    try: L,out = _run(model, x, True)
+    except Exception: L,out = _run(model, x, False) # code that insists on plain ints; a model that can't run at all fails here as well
     for t in tree_leaves(out):
         if isinstance(t, Tensor):
             for m in L.maps(t): L.slots.freeze_(as_np(compact(m)), 'the model returns it')
@@ -64,7 +69,7 @@ zeros_like ones_like rand_like randn_like empty_like full_like tril triu require
 def same(L, func, args, kwargs, out):
     if isinstance(out, Tensor): L.set(out, L.maps(args[0]))
 
-# %% ../../nbs/prune/06_rules.ipynb #11381922
+# %% ../../nbs/prune/06_rules.ipynb #bb406832
 def _on(func, m, args, kwargs):
     "A data-movement function run on a label map"
     name = func.__name__.strip('_')
@@ -77,7 +82,7 @@ def _on(func, m, args, kwargs):
     return func(m, *args[1:], **kwargs)
 
 @op_rules(*'''view reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t T mT adjoint squeeze unsqueeze repeat repeat_interleave tile
-flip fliplr flipud select narrow unbind diagonal pixel_unshuffle view_as reshape_as atleast_1d'''.split())
+flip fliplr flipud select narrow unbind pixel_unshuffle view_as reshape_as atleast_1d'''.split())
 def movement(L, func, args, kwargs, out):
     outs = out if isinstance(out, (tuple, list)) else (out,)
     res = [[] for _ in outs]
@@ -101,7 +106,10 @@ def sizes(self:Labeller, func, args, kwargs, outs):
             if v!=-1: self.equal(v, self.len(outs[0], at+i))
         self.joint += [(m, [0 if v==-1 else expr_of(v) for v in to] if name!='unflatten' else None) for m in self.maps(outs[0]) if len(varying(m))>1]
     elif name=='unbind': self.fixed(x, args[1] if len(args)>1 else kwargs.get('dim', 0), 'it is taken apart into single pieces')
-    elif name in ('select','narrow','diagonal'):
+    elif name=='repeat_interleave' and isinstance(args[1] if len(args)>1 else kwargs.get('repeats'), Tensor): self.fixed(x, arg_of(args, kwargs, 2, 'dim', 0), 'channels are repeated by number')
+    elif name=='squeeze' and len(args)==1 and not kwargs: # an axis of length 1 would vanish
+        self.tests += [Test('ne', o, 1, True, self.site) for o in (self.len(x, a) for a in range(x.ndim)) if o.maps]
+    elif name in ('select','narrow'):
         d = args[1] if len(args)>1 else kwargs.get('dim', 0)
         self.fixed(x, d, 'channels are picked by number')
 
@@ -167,13 +175,14 @@ def _joined(L, col, axis, shape):
     if len(varying(m))>1: L.joint.append((m, None))
     return m
 
-# %% ../../nbs/prune/06_rules.ipynb #174e29ee
+# %% ../../nbs/prune/06_rules.ipynb #5d258791
 @op_rules('split','split_with_sizes','chunk','tensor_split')
 def split(L, func, args, kwargs, out):
     x = args[0]
     axis = arg_of(args, kwargs, 2, 'dim', 0) % x.ndim
     how = arg_of(args, kwargs, 1, 'split_size', kwargs.get('split_size_or_sections', kwargs.get('chunks', kwargs.get('split_sizes'))))
     even = func.__name__.strip('_')!='split_with_sizes' and not isinstance(how, (tuple, list))
+    by_ends,whole = func.__name__=='tensor_split' and isinstance(how, (tuple, list)),L.len(x, axis)
     maps = L.maps(x)
     if even and len({o.shape[axis] for o in out})==1:
         maps = [_flat_back(L.along(m.unflatten(axis, (len(out), -1)), [axis]), axis) if axis in varying(m) else m for m in maps]
@@ -181,13 +190,14 @@ def split(L, func, args, kwargs, out):
     for i,o in enumerate(out):
         L.set(o, [m.narrow(axis, at, o.shape[axis]) for m in maps])
         at += o.shape[axis]
-        if isinstance(how, (tuple, list)): L.equal(how[i], L.len(o, axis))
+        if isinstance(how, (tuple, list)) and not by_ends: L.equal(how[i], whole.part(at-o.shape[axis], at))
+        elif by_ends and i<len(how): L.equal(how[i], whole.part(0, at))
         elif func.__name__.strip('_').startswith('split') and (i<len(out)-1 or len(out)==1): L.equal(how, L.len(o, axis))
     if even and len({o.shape[axis] for o in out})>1: L.fixed(x, axis, 'it is split into unequal parts')
 
 def _flat_back(m, axis): return squash(m.flatten(axis, axis+1))
 
-# %% ../../nbs/prune/06_rules.ipynb #0ca862ba
+# %% ../../nbs/prune/06_rules.ipynb #30541938
 @op_rules('getitem')
 def getitem(L, func, args, kwargs, out):
     x,idx = args
@@ -207,14 +217,14 @@ def getitem(L, func, args, kwargs, out):
 @patch
 def sliced(self:Labeller, x, axis, i):
     "A slice of an axis with labels: its ends must move with what is removed"
-    if not self.len(x, axis).maps: return
+    whole = self.len(x, axis)
+    if not whole.maps: return
     if i.step not in (None, 1): return self.fixed(x, axis, 'channels are picked in steps')
-    n,maps = x.shape[axis],self.maps(x)
+    n = x.shape[axis]
     for end in i.start,i.stop:
         if end is None or end==0 or end>=n: continue
         at = end+n if end<0 else end
-        part = [m.narrow(axis, 0, at) if end>0 else m.narrow(axis, at, n-at) for m in maps]
-        self.equal(end if end>0 else -end, self.len(part, axis, at if end>0 else n-at))
+        self.equal(end if end>0 else -end, whole.part(0, at) if end>0 else whole.part(at, n))
 
 @op_rules('setitem')
 def setitem(L, func, args, kwargs, out):
@@ -265,10 +275,17 @@ def embedding(L, args, out):
         if 0 in varying(m): L.freeze(m, 'rows are looked up by number')
     L.set(out, [m[0].expand(out.shape) for m in L.maps(w) if 0 not in varying(m)])
 
-# %% ../../nbs/prune/06_rules.ipynb #eac7cfe7
+# %% ../../nbs/prune/06_rules.ipynb #7a47b82b
 @op_rules('pad','constant_pad_nd')
 def pad(L, func, args, kwargs, out):
-    x,p = args[0],arg_of(args, kwargs, 1, 'pad')
+    x,p,mode = args[0],arg_of(args, kwargs, 1, 'pad'),arg_of(args, kwargs, 2, 'mode')
+    for i,q in enumerate(p):
+        a = x.ndim-1-i//2
+        whole = L.len(x, a)
+        if not whole.maps: continue
+        if isinstance(mode, str) and mode!='constant' and q: L.fixed(x, a, 'channels are padded with copies of channels')
+        elif q<0: L.equal(-q, whole.part(0, -q) if i%2==0 else whole.part(whole.n+q, whole.n))
+        elif isinstance(q, Dim): L.equal(q, Len(int(q), ()))
     maps = []
     for m in L.maps(x):
         for i in range(len(p)//2):
@@ -429,7 +446,7 @@ def addmm(L, func, args, kwargs, out):
     matmul(L, torch.matmul, args[1:3], {}, out)
     L.set(out, [m.expand(out.shape) for m in L.meet(args[0], out)])
 
-# %% ../../nbs/prune/06_rules.ipynb #7125fbd2
+# %% ../../nbs/prune/06_rules.ipynb #ea5c3c59
 @op_rules('einsum')
 def einsum(L, func, args, kwargs, out):
     eq,ts = args[0],list(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
@@ -460,9 +477,16 @@ def _spelled(lhs, rhs, ts):
     free = ''.join(c for c in map(chr, range(65, 91)) if c not in lhs)[:n]
     return ','.join(term.replace('...', free[n-(t.ndim-len(term)+3):]) if '...' in term else term for t,term in zip(ts, terms)), rhs.replace('...', free)
 
+def _repeated(L, t, n):
+    "Heads of keys or values, each as often as queries share it"
+    out = t.repeat_interleave(n, -3)
+    L.set(out, [squash(m.repeat_interleave(n, -3)) for m in L.maps(t)])
+    return out
+
 @op_rules('scaled_dot_product_attention')
 def attention(L, func, args, kwargs, out):
     q,k,v = args[:3]
+    if kwargs.get('enable_gqa') and k.shape[-3]!=q.shape[-3]: k,v = (_repeated(L, t, q.shape[-3]//t.shape[-3]) for t in (k, v))
     mask,scale = arg_of(args, kwargs, 3, 'attn_mask'),kwargs.get('scale')
     A,B = [m.unsqueeze(-2) for m in L.maps(q)],[m.unsqueeze(-3) for m in L.maps(k)]
     att = torch.empty(1).expand((*out.shape[:-1], k.shape[-2]))
@@ -474,13 +498,14 @@ def attention(L, func, args, kwargs, out):
     L.set(att, L.reduce(L.maps(att), [-1], 'softmax over channels', keep=True))
     matmul(L, torch.matmul, (att, v), {}, out)
 
-# %% ../../nbs/prune/06_rules.ipynb #164937ad
+# %% ../../nbs/prune/06_rules.ipynb #dfc05189
 @op_rules('conv1d','conv2d','conv3d','conv_transpose1d','conv_transpose2d','conv_transpose3d')
 def conv(L, func, args, kwargs, out):
     x,w,b = args[0],args[1],arg_of(args, kwargs, 2, 'bias')
     back = 'transpose' in func.__name__
     groups,k = arg_of(args, kwargs, 6, 'groups', 1),w.ndim-2
     if x.ndim!=w.ndim: return unknown(L, func, args, kwargs, out)
+    L.factored_(w)
     if w.shape[:2].numel()==1 and k==1 and out.shape==x.shape and any(x.ndim-1 in varying(m) for m in L.maps(x)): return along_channels(L, x, w, b, out)
     if w.shape[2:].numel()==1 and groups==1 and not back and x.shape[2:]==out.shape[2:]: return point_conv(L, x, w, b, out)
     X = [m[(slice(None), slice(None), *[0]*k)] for m in L.local(L.maps(x), range(2, x.ndim), 'is convolved along its channels')]
@@ -516,6 +541,18 @@ def dense_conv(self:Labeller, X, W, n, c, o, G, groups, back):
     maps = self.contract([m.unsqueeze(2) for m in X], (n, G, 1, ci), [m[None] for m in W], (1, G, co, ci))
     self.equal(groups, self.len(maps, 1, G))
     return [squash(m.expand(n, G, co).flatten(1, 2)) for m in maps]
+
+@patch
+def factored_(self:Labeller, w):
+    "Labels [out, in] for a weight that was computed from one flat axis of a parameter (CondConv): each slot of that axis stands for a pair of channels"
+    if id(w) in self.names or len(maps := self.maps(w))!=1 or not {0,1}<=set(varying(maps[0])): return
+    c = compact(maps[0]).expand(*w.shape[:2], *compact(maps[0]).shape[2:])
+    raw = as_np(c).reshape(*w.shape[:2], -1)
+    whole = [k for k,v in self.axes.items() if len(v)==raw.size and v[0]==raw.min() and np.array_equal(np.sort(raw.ravel()), v)]
+    if not whole or np.isin(self.slots.find(np.arange(len(self.slots))), raw).sum()!=raw.size: return
+    made,read = self.slots.new(w.shape[0]),self.slots.new(w.shape[1])
+    self.derive(whole[0], raw, made, read)
+    self.set(w, [self.axis_map(w, 0, made), self.axis_map(w, 1, read)])
 
 def along_channels(L, x, w, b, out):
     "A convolution over channels (ECA): each looks at its neighbours, whoever they are then"
