@@ -112,6 +112,20 @@ def _subnormals(model, x): return n_subnormal(model)
 
 columns['engine'] = Column('engine', 'Engine', str, 'that ran it')
 
+# %% ../../nbs/measure/03_report.ipynb #1c8f2bd3
+def _plan(model): return vars(model).get('fastcompress_plan')
+
+@column('channels_requested', 'Channels removed, asked for', lambda v: percent(v) if isinstance(v, float) else str(v), 'part of the channels, or what was to be left')
+def _channels_requested(model, x):
+    asked = _plan(model) and (_plan(model).asked.get('budget') or _plan(model).asked.get('ratio'))
+    return f'{len(asked)} layers' if isinstance(asked, dict) else asked
+
+@column('channels_obtained', 'Channels removed, obtained', percent, 'share of the channels, heads and so on that could be removed')
+def _channels_obtained(model, x): return _plan(model).obtained if _plan(model) and any(_plan(model).removed.values()) else None
+
+@column('factored', 'Layers in low-rank factors', str, 'each now a chain of smaller ones')
+def _factored(model, x): return len(_plan(model).factors) or None if _plan(model) else None
+
 # %% ../../nbs/measure/03_report.ipynb #fb29ec2b
 def measure(model:nn.Module,
             x,          # example input

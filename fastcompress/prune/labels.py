@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['arithmetic', 'comparisons', 'op_rules', 'Slots', 'Dim', 'expr_of', 'Len', 'value_of', 'leaves', 'written', 'varying',
            'compact', 'squash', 'Rule', 'Test', 'model_paths', 'Labeller', 'unknown', 'as_np', 'arg_of', 'op_name',
-           'remembering', 'watching']
+           'Unseen', 'remembering', 'tensors_in', 'watching']
 
-# %% ../../nbs/prune/05_labels.ipynb #b4496b8e
+# %% ../../nbs/prune/05_labels.ipynb #f7a17859
 import operator,re,sys,types
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -184,7 +186,7 @@ class Test:
     "A comparison in the code, whose outcome must stay what it was"
     op:str; a:object; b:object; outcome:bool; site:str
 
-# %% ../../nbs/prune/05_labels.ipynb #9fb350b5
+# %% ../../nbs/prune/05_labels.ipynb #193fc40a
 def model_paths(model)->dict: # module -> its path, the first if it has several
     "Paths of all modules"
     paths = {}
@@ -211,6 +213,9 @@ class Labeller(TorchFunctionMode):
         if t not in self.labels: self.labels[t] = self._fresh(t)
         self.labels[t] = res = [m for o in self.labels[t] if varying(m := self.canonical(o)) and not self.dead(m)]
         return res
+    def is_weight(self, t):
+        "Is it a parameter or buffer, or a view of one?"
+        return id(t) in self.names or t._is_view() and id(t._base) in self.names
     def dead(self, m): return bool((self.slots.why[compact(m).numpy()]>0).all())
     def canonical(self, m):
         c = compact(m)
@@ -351,7 +356,7 @@ def equal(self:Labeller, expr, length:Len, why=''):
     expr = expr_of(expr)
     if length.maps or not isinstance(expr, int): self.rules.append(Rule(expr, length, self.site, why))
 
-# %% ../../nbs/prune/05_labels.ipynb #4d79142d
+# %% ../../nbs/prune/05_labels.ipynb #4ee3d056
 _silent = set('''size shape dim ndim numel nelement stride is_contiguous device dtype layout requires_grad is_floating_point is_complex __len__ __hash__ item tolist is_nested is_sparse
 is_quantized is_cuda is_meta is_mkldnn is_cpu is_mps is_xla grad grad_fn storage_offset data_ptr element_size get_device type __repr__ __format__ __bool__ __float__ __int__ __index__ is_inference __contains__ names has_names
 is_leaf output_nr _version retain_grad register_hook is_same_size equal allclose assert_async __dir__ __class__ __deepcopy__ is_grad_enabled set_grad_enabled _is_view is_conj is_neg is_xpu is_privateuseone is_vulkan is_ipu is_maia is_signed untyped_storage _base itemsize nbytes result_type can_cast promote_types finfo arange linspace tensor as_tensor scalar_tensor from_numpy meshgrid unique eye hann_window load randint randperm manual_seed'''.split())
@@ -360,7 +365,7 @@ _alias = dict(truediv='div', floordiv='floor_divide', mod='remainder', absolute=
 
 def arg_of(args, kwargs, i, name, default=None):
     "An argument by place or by name"
-    return args[i] if len(args)>i else kwargs.get(name, default)
+    return args[i] if len(args)>i else kwargs.get(name, kwargs.get('axis', default) if name=='dim' else default)
 
 def op_name(func)->str:
     "The plain name of a torch function: 'add' for `Tensor.__iadd__`"
@@ -372,8 +377,14 @@ def op_name(func)->str:
     if name.startswith('__'): bare = _strip.get(bare, bare)
     return _alias.get(bare, bare)
 
+_python = torch._C.DispatchKeySet(torch._C.DispatchKey.Python) | torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
 @patch
 def __torch_function__(self:Labeller, func, types, args=(), kwargs=None):
+    if self.steppable(func) is not None: return self.handle(func, args, kwargs)
+    with torch._C._ExcludeDispatchKeyGuard(_python): return self.handle(func, args, kwargs) # what happens in here was seen
+
+@patch
+def handle(self:Labeller, func, args, kwargs):
     kwargs,name,raw = kwargs or {},op_name(func),getattr(func, '__name__', '')
     if name in ('shape','size','numel','nelement') and isinstance(args[0], Tensor): return self.read_shape(func, name, args, kwargs)
     if (step := self.steppable(func)) is not None:
@@ -383,8 +394,8 @@ def __torch_function__(self:Labeller, func, types, args=(), kwargs=None):
         finally: self.inside.pop()
     out = func(*args, **kwargs)
     if name in _silent or raw in _silent or raw=='__set__' or not any(isinstance(t, Tensor) for t in tree_leaves((args, kwargs, out))): return out
-    tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
     args,kwargs = _in_place(args, kwargs)
+    tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
     rule = op_rules.get(name)
     if rule is None: unknown(self, func, args, kwargs, out)
     elif self._wanted(name, args, tensors, kwargs): self._apply(rule, func, args, kwargs, out)
@@ -418,6 +429,15 @@ channel_shuffle native_channel_shuffle zeros ones empty full new_zeros new_ones 
 _makers = set('zeros ones empty full new_zeros new_ones new_empty new_full rand randn'.split())
 @patch
 def _wanted(self:Labeller, name, args, tensors, kwargs): return name in _makers or name in ('expand','broadcast_to') and any(isinstance(o, Dim) for o in tree_leaves(args)) or any(self.maps(t) for t in [*tensors, *(t for t in tree_leaves(kwargs) if isinstance(t, Tensor))])
+
+class Unseen(TorchDispatchMode):
+    "Below the labeller: operations that no torch function called (scripted code) freeze what they read"
+    def __init__(self, L): super().__init__(); self.L = L
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor) and t in self.L.labels:
+                for m in self.L.maps(t): self.L.freeze(m, f'{func.__name__} is called by code that is not Python')
+        return func(*args, **(kwargs or {}))
 
 @patch
 def read_shape(self:Labeller, func, name, args, kwargs):
@@ -458,7 +478,7 @@ def steppable(self:Labeller, func):
         self._steps[func] = twin
     return self._steps[func]
 
-# %% ../../nbs/prune/05_labels.ipynb #650a5af3
+# %% ../../nbs/prune/05_labels.ipynb #bb4d11e2
 @contextmanager
 def remembering(model, L):
     "Whole numbers among the attributes of `model`'s modules remember where they come from"
@@ -482,6 +502,15 @@ def remembering(model, L):
             for k,v in vars(m).items():
                 if isinstance(v, Dim): vars(m)[k] = int(v)
                 elif type(v) in (tuple, list) and any(isinstance(o, Dim) for o in v): vars(m)[k] = type(v)(int(o) if isinstance(o, Dim) else o for o in v)
+
+def tensors_in(o, seen=None)->list:
+    "All tensors in what a model returns, whatever holds them: containers, dataclasses, objects"
+    seen = seen if seen is not None else {}
+    if isinstance(o, Tensor): return [o]
+    if o is None or isinstance(o, (str, bytes, int, float, complex, type)) or id(o) in seen: return []
+    seen[id(o)] = o
+    inside = list(o.values()) if isinstance(o, Mapping) else list(o) if isinstance(o, (list, tuple, set)) else []
+    return [t for v in [*inside, *getattr(o, '__dict__', {}).values()] for t in tensors_in(v, seen)]
 
 @contextmanager
 def watching(paths, stack):

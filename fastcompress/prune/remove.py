@@ -7,7 +7,7 @@ __all__ = ['tensors_of', 'check_fits', 'mask_', 'cut_', 'keep_books_', 'give_bia
            'suspects', 'proven', 'remove_', 'plan_of', 'remove', 'plan_from_masks', 'apply_given_', 'speedup_',
            'reestimate_norms_']
 
-# %% ../../nbs/prune/10_remove.ipynb #0ba83366
+# %% ../../nbs/prune/10_remove.ipynb #7aa891eb
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,12 +18,12 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from ..core import call, eval_mode, near, plain
+from ..core import call, eval_mode, fork_rng, near, plain
 from .channels import find_groups
 from .lowrank import factorise_, rebuild_factors_
-from .labels import Labeller, Len, leaves, model_paths, op_name, remembering, value_of, watching
+from .labels import Labeller, Len, leaves, model_paths, op_name, remembering, tensors_in, value_of, watching
 from .plan import Plan, plan_for
 
 # %% ../../nbs/prune/10_remove.ipynb #6d14ca8e
@@ -145,12 +145,12 @@ class _Double(TorchFunctionMode):
             args,kwargs = [torch.float64 if isinstance(o, torch.dtype) and o in low else o for o in args],{k: torch.float64 if isinstance(o, torch.dtype) and o in low else o for k,o in kwargs.items()}
         return func(*args, **kwargs)
 
-# %% ../../nbs/prune/10_remove.ipynb #870f8359
+# %% ../../nbs/prune/10_remove.ipynb #393697ae
 class Restricted(Labeller):
     "Runs a masked model so that statistics count only the channels that stay, and notes what the others bring"
     def __init__(self, model, plan, approximate=False):
         super().__init__(model)
-        self.plan,self.approximate,self.off,self.busy = plan,approximate,[],False
+        self.plan,self.approximate,self.off,self.away = plan,approximate,[],False
         self.folds,self.borders,self.problems,self.calls = {},{},[],[]
     def slots_of(self, name, axis, n):
         new,slots = (name,axis) not in self.axes,super().slots_of(name, axis, n)
@@ -178,7 +178,7 @@ class Restricted(Labeller):
             if not keep.all(): out[a] = keep.nonzero()[0].tolist()
         return out
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if self.busy: return func(*args, **(kwargs or {}))
+        if self.away: return func(*args, **(kwargs or {}))
         n = len(self.marks)
         out = super().__torch_function__(func, types, args, kwargs)
         if self.steppable(func) is not None: return out
@@ -231,7 +231,7 @@ def _constants(self:Restricted, func, args, kwargs, out):
         self.borders[path] = off
         out.sub_(brings).add_(at[:,0].view([-1 if a==axis%out.ndim else 1 for a in range(out.ndim)]))
 
-# %% ../../nbs/prune/10_remove.ipynb #926c7e3a
+# %% ../../nbs/prune/10_remove.ipynb #c0f49eff
 @dataclass
 class Check:
     "What the oracle found"
@@ -249,9 +249,9 @@ class Check:
 def _outputs(model, see):
     "`see(path, tensor)` for each tensor that a module without children returns, and for the model's own output"
     hooks = []
-    def hook(path): return lambda m,args,out: [see(path, t) for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()] and None
+    def hook(path): return lambda m,args,out: [see(path, t) for t in tensors_in(out) if t.is_floating_point()] and None
     for n,m in model.named_modules():
-        if not n or not any(True for _ in m.children()): hooks.append(m.register_forward_hook(hook(n)))
+        if (not n or not any(True for _ in m.children())) and not isinstance(m, torch.jit.ScriptModule): hooks.append(m.register_forward_hook(hook(n)))
     try: yield
     finally:
         for h in hooks: h.remove()
@@ -260,11 +260,11 @@ def _sample(x, n=2):
     "The first samples of a batch, in float64"
     def one(t):
         if not isinstance(t, Tensor): return t
-        t = t.detach()[:n] if t.ndim else t.detach()
+        t = t.detach()[:n] if t.ndim and n else t.detach()
         return t.double() if t.is_floating_point() else t
     return tree_map(one, plain(x))
 
-# %% ../../nbs/prune/10_remove.ipynb #8f84cdf7
+# %% ../../nbs/prune/10_remove.ipynb #9c2a59cc
 def verify(model:nn.Module,       # before removal; left as it was
            plan:Plan,
            x,                     # example input
@@ -274,14 +274,19 @@ def verify(model:nn.Module,       # before removal; left as it was
           )->Check:
     "Compare the masked model with the removed one in float64, module by module. Norms of the masked one count only channels that stay"
     masked = (mask_(copy.deepcopy(model), plan) if masked is None else copy.deepcopy(masked)).double()
-    L,args,seen = Restricted(masked, plan, approximate),_sample(x),[]
-    def keep(path, t):
-        L.busy = True
-        try: seen.append((path, _sliced(t.detach().clone(), L.kept(t))))
-        finally: L.busy = False
-    with eval_mode(masked), _Double(), remembering(masked, L), watching(L.paths, L.stack), _outputs(masked, keep), L: call(masked, args)
+    try: L,seen,args = _masked_run(masked, plan, _sample(x), approximate)
+    except Exception: L,seen,args = _masked_run(masked, plan, _sample(x, None), approximate) # an input whose first axis isn't the batch
     res = Check(folds=L.folds, borders=L.borders, first=L.problems[0][0] if L.problems else '', problem='; '.join(dict.fromkeys(f'{a}: {b}' for a,b in L.problems)))
     return res if res.problem else _compare(model, plan, args, seen, res, tol)
+
+def _masked_run(masked, plan, args, approximate):
+    L,seen = Restricted(masked, plan, approximate),[]
+    def keep(path, t):
+        L.away = True
+        try: seen.append((path, _sliced(t.detach().clone(), L.kept(t))))
+        finally: L.away = False
+    with eval_mode(masked), fork_rng(), _Double(), remembering(masked, L), watching(L.paths, L.stack), _outputs(masked, keep), L: call(masked, args)
+    return L, seen, args
 
 def _compare(model, plan, args, seen, res, tol):
     removed,running = copy.deepcopy(model).double(),[]
@@ -296,7 +301,7 @@ def _compare(model, plan, args, seen, res, tol):
             res.n += 1
             if not err<=res.worst: res.worst,res.where = err,path
             if not err<=tol and not res.problem: res.first,res.problem = path,f'output of {path or "the model"} differs by {err:.2g} (relative)'
-        with eval_mode(removed), _Double(), watching(model_paths(removed), running), _outputs(removed, see): call(removed, args)
+        with eval_mode(removed), fork_rng(), _Double(), watching(model_paths(removed), running), _outputs(removed, see): call(removed, args)
     except Exception as e: # whatever a user's forward raises on smaller tensors
         if not res.problem: res.first,res.problem = running[-1] if running else '',f'its forward fails: {type(e).__name__}: {e}'.split('\n')[0][:200]
     return res
@@ -314,7 +319,7 @@ def fold_(model, plan:Plan, folds:dict):
         m.bias.add_((c if keep is None else c[keep]).to(m.bias))
     return model
 
-# %% ../../nbs/prune/10_remove.ipynb #2c18f171
+# %% ../../nbs/prune/10_remove.ipynb #655944b3
 def suspects(groups, names, path)->list:
     "Groups among `names` that touch the module at `path`, or the nearest around it"
     while True:
@@ -329,6 +334,7 @@ def proven(model, plan, x, strict=False, masked=None, approximate=False)->tuple:
     while True:
         res = verify(model, plan, x, masked, approximate=approximate)
         if res.ok: return replace(plan, checked=dict(worst=res.worst, where=res.where, outputs=res.n, borders=res.borders)), res
+        if plan.empty: return replace(plan, checked=dict(problem=f'the model differs from itself: {res.problem}')), res
         if strict: raise RuntimeError(f"removal isn't exact: {res.problem}. Nothing was changed. (strict=False keeps such groups whole.)")
         groups = find_groups(model, x) if groups is None else groups
         bad = suspects(groups, [n for n,u in plan.removed.items() if u], res.first)

@@ -8,7 +8,7 @@ __all__ = ['label', 'aligned', 'pointwise', 'same', 'movement', 'expand', 'creat
            'group_norm', 'glu', 'weight_norm', 'prelu', 'linear', 'matmul', 'addmm', 'einsum', 'attention', 'conv',
            'point_conv', 'along_channels', 'pixel_shuffle', 'channel_shuffle', 'im2col', 'col2im']
 
-# %% ../../nbs/prune/06_rules.ipynb #68de4b1d
+# %% ../../nbs/prune/06_rules.ipynb #ce4ee6de
 import re
 from math import prod
 
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..core import call, eval_mode
-from .labels import Dim, Labeller, Len, Test, arg_of, as_np, compact, expr_of, op_name, op_rules, remembering, squash, unknown, varying, watching
+from .labels import Dim, Labeller, Len, Test, Unseen, arg_of, as_np, compact, expr_of, op_name, op_rules, remembering, squash, tensors_in, unknown, varying, watching
 
-# %% ../../nbs/prune/06_rules.ipynb #91040cfb
+# %% ../../nbs/prune/06_rules.ipynb #be04a1d9
 def _run(model, x, remembers):
     L = Labeller(model)
     L.remembers = remembers
-    with eval_mode(model), remembering(model if remembers else nn.Identity(), L), watching(L.paths, L.stack), L: return L, call(model, x)
+    with eval_mode(model), remembering(model if remembers else nn.Identity(), L), watching(L.paths, L.stack), Unseen(L), L: return L, call(model, x)
 
 def label(model:nn.Module,
           x, # example input; see `core.call`
@@ -32,12 +32,12 @@ def label(model:nn.Module,
     "Run `model` on `x` in evaluation mode with labels beside"
     try: L,out = _run(model, x, True)
     except Exception: L,out = _run(model, x, False) # code that insists on plain ints; a model that can't run at all fails here as well
-    for t in tree_leaves(out):
-        if isinstance(t, Tensor):
-            for m in L.maps(t): L.slots.freeze_(as_np(compact(m)), 'the model returns it')
+    for t in tensors_in(out):
+        for m in L.maps(t): L.slots.freeze_(as_np(compact(m)), 'the model returns it')
+    if out is not None and not tensors_in(out): L.slots.freeze_(np.arange(len(L.slots)), f'no tensor was found in what the model returns ({type(out).__name__})')
     return L
 
-# %% ../../nbs/prune/06_rules.ipynb #462d4d70
+# %% ../../nbs/prune/06_rules.ipynb #d6819082
 def aligned(L, t, nd):
     "Maps and shape of an operand, with leading axes of length 1"
     if not isinstance(t, Tensor): return [], (1,)*nd
@@ -60,9 +60,10 @@ erf floor ceil round trunc nan_to_num threshold hardshrink softshrink tanhshrink
 def pointwise(L, func, args, kwargs, out):
     ts = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     L.set(out, [m.expand(out.shape) for m in L.meet(*ts, nd=out.ndim)])
-    if op_name(func) in _lift: L.lifted[out] = True
+    scalar = op_name(func) in ('add','sub','rsub') and len(ts)==1
+    if op_name(func) in _lift or scalar or (len(ts)==1 and ts[0] in L.lifted): L.lifted[out] = True
 
-_lift = {'sigmoid','hardsigmoid','exp','softplus','log_sigmoid','cos'} # of zero they are not zero
+_lift = {'sigmoid','hardsigmoid','exp','softplus','log_sigmoid','cos','ge','le','eq','logical_not'} # of zero they are not zero
 
 @op_rules(*'''contiguous clone detach to type type_as float half double bfloat16 int long bool cpu cuda alias dropout feature_dropout alpha_dropout dropout1d dropout2d positive
 zeros_like ones_like rand_like randn_like empty_like full_like tril triu requires_grad lift_fresh data resolve_conj conj real bernoulli fill zero'''.split())
@@ -308,15 +309,15 @@ def spatial(L, func, args, kwargs, out):
     k = int(re.search(r'(\d)d', func.__name__)[1]) # avg_pool2d has two
     L.set(o, [m[(...,)+(slice(0,1),)*k].expand(o.shape) for m in L.local(L.maps(args[0]), range(-k, 0), 'is resized along its channels')])
 
-# %% ../../nbs/prune/06_rules.ipynb #8a285884
+# %% ../../nbs/prune/06_rules.ipynb #650bdfc3
 @op_rules(*'mean sum prod amax amin max min var std var_mean std_mean linalg_vector_norm logsumexp norm all any nansum'.split())
 def reduction(L, func, args, kwargs, out):
     x,name = args[0],func.__name__.strip('_')
     if len(args)>1 and isinstance(args[1], Tensor): return pointwise(L, func, args, kwargs, out)
     dim = arg_of(args, kwargs, 2 if 'norm' in name else 1, 'dim', kwargs.get('axis'))
-    if dim is None or dim==(): dim = list(range(x.ndim))
+    if dim is None or dim==() or isinstance(dim, bool): dim = list(range(x.ndim))
     axes = [int(dim)%x.ndim] if isinstance(dim, int) else [int(d)%x.ndim for d in dim]
-    mark = None if name in ('sum','linalg_vector_norm','norm','nansum') else f'{name} over channels'
+    mark = None if name in ('sum','linalg_vector_norm','norm','nansum') and x not in L.lifted else f'{name} over channels'
     res = L.reduce(L.maps(x), axes, mark)
     for o in out[:2] if isinstance(out, (tuple, list)) else (out,):
         keep = o.ndim==x.ndim
@@ -408,7 +409,7 @@ def use(self:Labeller, maps, axis, role):
             i = as_np(compact(m)).ravel()
             self.slots.role[i[self.slots.role[i]!=_roles['out']]] = _roles[role] # what makes channels in one place and reads them in another makes them
 
-# %% ../../nbs/prune/06_rules.ipynb #6e79806a
+# %% ../../nbs/prune/06_rules.ipynb #394dd2b2
 @op_rules('linear')
 def linear(L, func, args, kwargs, out):
     x,w,b = args[0],args[1],arg_of(args, kwargs, 2, 'bias')
@@ -425,8 +426,8 @@ def matmul(L, func, args, kwargs, out):
     a,b = args[:2] if 'rmatmul' not in func.__name__ else args[1::-1]
     A,B,sa,sb = L.maps(a),L.maps(b),tuple(a.shape),tuple(b.shape)
     for t,T,order in (a, A, (a.ndim-2, a.ndim-1)),(b, B, (b.ndim-1, b.ndim-2)):
-        if id(t) in L.names: L.use(T, order[0], 'out'); L.use(T, order[1], 'in')
-        elif t in L.lifted and (id(a) in L.names or id(b) in L.names):
+        if L.is_weight(t): L.use(T, order[0], 'out'); L.use(T, order[1], 'in')
+        elif t in L.lifted and (L.is_weight(a) or L.is_weight(b)):
             for m in T:
                 if order[1] in varying(m): L.freeze(m, 'removed, these would be constant but not zero, and no bias can take that up')
     if a.ndim==1: A,sa = [m[None] for m in A],(1,*sa)
@@ -446,7 +447,7 @@ def addmm(L, func, args, kwargs, out):
     matmul(L, torch.matmul, args[1:3], {}, out)
     L.set(out, [m.expand(out.shape) for m in L.meet(args[0], out)])
 
-# %% ../../nbs/prune/06_rules.ipynb #ea5c3c59
+# %% ../../nbs/prune/06_rules.ipynb #fa7fd8b6
 @op_rules('einsum')
 def einsum(L, func, args, kwargs, out):
     eq,ts = args[0],list(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
@@ -462,7 +463,7 @@ def einsum(L, func, args, kwargs, out):
         shape = tuple(t.shape[term.index(c)] if c in term else 1 for c in letters)
         return [m.permute([term.index(c) for c in order])[tuple(slice(None) if c in term else None for c in letters)] for m in L.maps(t)],shape
     for t,term in zip(ts, terms):
-        if id(t) in L.names:
+        if L.is_weight(t):
             for i,c in enumerate(term): L.use(L.maps(t), i, 'out' if c in rhs else 'in')
     (A,sa),*rest = [to(t, term) for t,term in zip(ts, terms)]
     for B,sb in rest: A,sa = L.pair(A, sa, B, sb)
@@ -498,13 +499,17 @@ def attention(L, func, args, kwargs, out):
     L.set(att, L.reduce(L.maps(att), [-1], 'softmax over channels', keep=True))
     matmul(L, torch.matmul, (att, v), {}, out)
 
-# %% ../../nbs/prune/06_rules.ipynb #dfc05189
+# %% ../../nbs/prune/06_rules.ipynb #b0ffaa36
 @op_rules('conv1d','conv2d','conv3d','conv_transpose1d','conv_transpose2d','conv_transpose3d')
 def conv(L, func, args, kwargs, out):
     x,w,b = args[0],args[1],arg_of(args, kwargs, 2, 'bias')
     back = 'transpose' in func.__name__
     groups,k = arg_of(args, kwargs, 6, 'groups', 1),w.ndim-2
-    if x.ndim!=w.ndim: return unknown(L, func, args, kwargs, out)
+    if x.ndim==w.ndim-1: # without a batch
+        one,res = x.unsqueeze(0),out.unsqueeze(0)
+        L.set(one, [m.unsqueeze(0) for m in L.maps(x)])
+        conv(L, func, (one, *args[1:]), kwargs, res)
+        return L.set(out, [m[0] for m in L.maps(res)])
     L.factored_(w)
     if w.shape[:2].numel()==1 and k==1 and out.shape==x.shape and any(x.ndim-1 in varying(m) for m in L.maps(x)): return along_channels(L, x, w, b, out)
     if w.shape[2:].numel()==1 and groups==1 and not back and x.shape[2:]==out.shape[2:]: return point_conv(L, x, w, b, out)
@@ -562,17 +567,17 @@ def along_channels(L, x, w, b, out):
         if x.ndim-1 in varying(m): L.marks.append((compact(m), f'{L.site}: convolution along channels'))
     L.set(out, L.maps(x))
 
-# %% ../../nbs/prune/06_rules.ipynb #bcdde1c1
+# %% ../../nbs/prune/06_rules.ipynb #f266d5d2
 @op_rules('pixel_shuffle')
 def pixel_shuffle(L, func, args, kwargs, out):
-    x,r = args
+    x,r = args[0],arg_of(args, kwargs, 1, 'upscale_factor')
     *b,c,h,w = x.shape
     L.set(out, [squash(m.reshape(-1, c//r**2, r, r, h, w).permute(0,1,4,2,5,3).reshape(out.shape)) for m in L.maps(x)])
     L.joint += [(m, None) for m in L.maps(out) if len(varying(m))>1]
 
 @op_rules('channel_shuffle','native_channel_shuffle')
 def channel_shuffle(L, func, args, kwargs, out):
-    x,g = args
+    x,g = args[0],arg_of(args, kwargs, 1, 'groups')
     split = [L.along(m.unflatten(1, (int(g), -1)), [1]) for m in L.maps(x)]
     L.set(out, [squash(m.transpose(1, 2).flatten(1, 2)) for m in split])
 
