@@ -59,7 +59,7 @@ def test_fpgm_against_loops():
     assert criteria['fpgm'](w)[3]==criteria['fpgm'](w)[1]
 
 FORMULAS = dict(magnitude=lambda w: w.abs(), l1=lambda w: w.abs(), large_final=lambda w: w.abs(), l2=lambda w: w**2,
-    taylor=lambda w, saliency: saliency, snip=lambda w, grad: (w*grad).abs(), gradient=lambda w, grad: grad.abs(), movement=lambda w, pull: pull,
+    taylor=lambda w, saliency: saliency, obd=lambda w, saliency: saliency/2, hessian_diag=lambda w, saliency: saliency/2, snip=lambda w, grad: (w*grad).abs(), gradient=lambda w, grad: grad.abs(), movement=lambda w, pull: pull,
     grasp=lambda w, hess_grad: w*hess_grad, wanda=lambda w, in_norm: w.abs()*in_norm[None,:,None], bn_scale=lambda w, norm_scale: norm_scale.abs(),
     apoz=lambda w, zeros: 1-zeros, mean_activation=lambda w, act: act, magnitude_increase=lambda w, w0: w.abs()-w0.abs(), distance=lambda w, w0: (w-w0).abs(),
     large_init=lambda w, w0: w0.abs(), small_init=lambda w, w0: -w0.abs(), small_final=lambda w: -w.abs(),

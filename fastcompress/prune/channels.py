@@ -174,7 +174,7 @@ def _listed(slices, most=4):
     names = list(dict.fromkeys(s.name.rpartition('.')[0] if s.name.endswith(('.weight','.bias','.running_mean','.running_var')) else s.name for s in slices))
     return ', '.join(names[:most]) + (f' and {len(names)-most} more' if len(names)>most else '')
 
-# %% ../../nbs/prune/07_channels.ipynb #8a05fee1
+# %% ../../nbs/prune/07_channels.ipynb #a025a3b6
 class Groups(list):
     "All groups of a model, and what is frozen and why"
     def __init__(self, model, L, groups):
@@ -214,7 +214,7 @@ class Groups(list):
     def macs(self, removed:dict=None)->int: # of one sample
         "Multiply-accumulates that are left when units `removed` have gone, from the lengths of all axes"
         gone = self.gone(removed or {})
-        return sum(prod(o.new(gone) for o in lens) for lens,_ in self._L.macs)
+        return sum(prod(o.new(gone) for o in lens) for lens,_ in self._L.macs)//self._L.batch
     def params(self, removed:dict=None)->int:
         "Parameters that are left"
         cut = {}
@@ -234,7 +234,7 @@ def _frozen(L):
             out[name.removesuffix('.weight')] = word if why.all() else f'{(why>0).sum()} of {len(why)} channels: {word}'
     return out
 
-# %% ../../nbs/prune/07_channels.ipynb #a6173495
+# %% ../../nbs/prune/07_channels.ipynb #efa58a8b
 def check_device(model, x):
     "`ValueError` if `x` is elsewhere than `model`"
     at = next((p.device for p in [*model.parameters(), *model.buffers()]), None)
@@ -249,6 +249,7 @@ def find_groups(model:nn.Module, # left as it was
     L = label(model, x)
     L.settle_()
     tensors,axes = list(dict.fromkeys(n for n,_ in L.axes)),list(L.axes)
+    if not axes: return Groups(model, L, [])
     slot = np.concatenate([L.axes[k] for k in axes])
     axis = np.repeat(np.arange(len(axes)), [len(L.axes[k]) for k in axes])
     at = np.concatenate([np.arange(len(L.axes[k])) for k in axes])

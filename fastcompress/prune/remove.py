@@ -264,7 +264,7 @@ def _sample(x, n=2):
         return t.double() if t.is_floating_point() else t
     return tree_map(one, plain(x))
 
-# %% ../../nbs/prune/10_remove.ipynb #9c2a59cc
+# %% ../../nbs/prune/10_remove.ipynb #d09babba
 def verify(model:nn.Module,       # before removal; left as it was
            plan:Plan,
            x,                     # example input
@@ -276,8 +276,21 @@ def verify(model:nn.Module,       # before removal; left as it was
     masked = (mask_(copy.deepcopy(model), plan) if masked is None else copy.deepcopy(masked)).double()
     try: L,seen,args = _masked_run(masked, plan, _sample(x), approximate)
     except Exception: L,seen,args = _masked_run(masked, plan, _sample(x, None), approximate) # an input whose first axis isn't the batch
+    if L.folds: # constant for this input, or for any?
+        other = _masked_run(masked, plan, _another(args), approximate)[0]
+        for n in L.folds:
+            if n not in other.folds or not torch.allclose(L.folds[n], other.folds[n], 1e-9, 1e-12): L.problems.append((n, "what removed channels bring isn't constant"))
     res = Check(folds=L.folds, borders=L.borders, first=L.problems[0][0] if L.problems else '', problem='; '.join(dict.fromkeys(f'{a}: {b}' for a,b in L.problems)))
     return res if res.problem else _compare(model, plan, args, seen, res, tol)
+
+def _another(args):
+    "Another input of the same form"
+    g = torch.Generator().manual_seed(0)
+    def one(t):
+        if not isinstance(t, Tensor) or not t.ndim or t.dtype==torch.bool: return t
+        if t.is_floating_point(): return t+(t.std(correction=0)+1e-3)*torch.randn(t.shape, generator=g, dtype=t.dtype).to(t.device)
+        return t.flip(-1)
+    return tree_map(one, args)
 
 def _masked_run(masked, plan, args, approximate):
     L,seen = Restricted(masked, plan, approximate),[]

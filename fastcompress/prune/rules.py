@@ -8,19 +8,25 @@ __all__ = ['label', 'aligned', 'pointwise', 'same', 'movement', 'expand', 'creat
            'group_norm', 'glu', 'weight_norm', 'prelu', 'linear', 'matmul', 'addmm', 'einsum', 'attention', 'conv',
            'point_conv', 'along_channels', 'pixel_shuffle', 'channel_shuffle', 'im2col', 'col2im']
 
-# %% ../../nbs/prune/06_rules.ipynb #ce4ee6de
+# %% ../../nbs/prune/06_rules.ipynb #fa47f77c
 import re
 from math import prod
 
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core import call, eval_mode
 from .labels import Dim, Labeller, Len, Test, Unseen, arg_of, as_np, compact, expr_of, op_name, op_rules, remembering, squash, tensors_in, unknown, varying, watching
 
-# %% ../../nbs/prune/06_rules.ipynb #be04a1d9
+# %% ../../nbs/prune/06_rules.ipynb #557a54fa
+def _few(x, n=2)->tuple: # input, number of samples
+    "The first samples, if all tensors have the same number of them"
+    sizes = {len(t) if t.ndim else None for t in tensors_in(x)}
+    n = min([n, *sizes]) if len(sizes)==1 and None not in sizes else None
+    return (tree_map(lambda t: t[:n] if isinstance(t, Tensor) else t, x) if n else x), n
+
 def _run(model, x, remembers):
     L = Labeller(model)
     L.remembers = remembers
@@ -30,8 +36,13 @@ def label(model:nn.Module,
           x, # example input; see `core.call`
          )->Labeller:
     "Run `model` on `x` in evaluation mode with labels beside"
-    try: L,out = _run(model, x, True)
-    except Exception: L,out = _run(model, x, False) # code that insists on plain ints; a model that can't run at all fails here as well
+    few,n = _few(x)
+    try: L,out = _run(model, few, True)
+    except Exception: # code that insists on plain ints, or on this very batch; a model that can't run at all fails here as well
+        n = None
+        try: L,out = _run(model, x, True)
+        except Exception: L,out = _run(model, x, False)
+    L.batch = n or next((len(t) for t in tensors_in(x) if t.ndim), 1)
     for t in tensors_in(out):
         for m in L.maps(t): L.slots.freeze_(as_np(compact(m)), 'the model returns it')
     if out is not None and not tensors_in(out): L.slots.freeze_(np.arange(len(L.slots)), f'no tensor was found in what the model returns ({type(out).__name__})')
