@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['arithmetic', 'comparisons', 'op_rules', 'Slots', 'Dim', 'expr_of', 'Len', 'value_of', 'leaves', 'written', 'varying',
            'compact', 'squash', 'Rule', 'Test', 'model_paths', 'Labeller', 'unknown', 'as_np', 'arg_of', 'op_name',
-           'Unseen', 'remembering', 'tensors_in', 'watching']
+           'Unseen', 'as_it_was', 'remembering', 'tensors_in', 'watching']
 
 # %% ../../nbs/prune/05_labels.ipynb #f7a17859
 import operator,re,sys,types
@@ -478,7 +478,21 @@ def steppable(self:Labeller, func):
         self._steps[func] = twin
     return self._steps[func]
 
-# %% ../../nbs/prune/05_labels.ipynb #bb4d11e2
+# %% ../../nbs/prune/05_labels.ipynb #213875c3
+@contextmanager
+def as_it_was(model):
+    "Attributes and buffers of all modules are put back at the end, whatever a forward pass does to them"
+    was = [(m, dict(vars(m)), {k: (b, None if b is None else b.clone()) for k,b in m._buffers.items()}) for m in model.modules()]
+    try: yield
+    finally:
+        for m,attrs,buffers in was:
+            vars(m).clear()
+            vars(m).update(attrs)
+            m._buffers.clear()
+            m._buffers.update({k: b for k,(b,_) in buffers.items()})
+            for b,old in buffers.values():
+                if b is not None and not b.equal(old): b.data.copy_(old)
+
 @contextmanager
 def remembering(model, L):
     "Whole numbers among the attributes of `model`'s modules remember where they come from"
@@ -488,20 +502,11 @@ def remembering(model, L):
         L.attrs[key] = v
         return Dim(v, ('attr', *key), L.compare)
     def wrap(v, *key): return one(v, *key, None) if type(v) is int else type(v)(one(o, *key, i) for i,o in enumerate(v))
-    try:
+    with as_it_was(model):
         for path,m in model.named_modules():
             for k,v in list(vars(m).items()):
-                if k.startswith('__') or k in ('_version',): continue
-                if type(v) is int or type(v) in (tuple, list, torch.Size) and any(type(o) is int for o in v):
-                    was.append((vars(m), k, v))
-                    vars(m)[k] = wrap(v, path, k)
+                if type(v) is int or type(v) in (tuple, list, torch.Size) and any(type(o) is int for o in v): vars(m)[k] = wrap(v, path, k)
         yield
-    finally:
-        for d,k,v in was: d[k] = v
-        for m in model.modules():
-            for k,v in vars(m).items():
-                if isinstance(v, Dim): vars(m)[k] = int(v)
-                elif type(v) in (tuple, list) and any(isinstance(o, Dim) for o in v): vars(m)[k] = type(v)(int(o) if isinstance(o, Dim) else o for o in v)
 
 def tensors_in(o, seen=None)->list:
     "All tensors in what a model returns, whatever holds them: containers, dataclasses, objects"

@@ -8,7 +8,7 @@ __all__ = ['label', 'aligned', 'pointwise', 'same', 'movement', 'expand', 'creat
            'group_norm', 'glu', 'weight_norm', 'prelu', 'linear', 'matmul', 'addmm', 'einsum', 'attention', 'conv',
            'point_conv', 'along_channels', 'pixel_shuffle', 'channel_shuffle', 'im2col', 'col2im']
 
-# %% ../../nbs/prune/06_rules.ipynb #fa47f77c
+# %% ../../nbs/prune/06_rules.ipynb #0e8eef63
 import re
 from math import prod
 
@@ -17,10 +17,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core import call, eval_mode
-from .labels import Dim, Labeller, Len, Test, Unseen, arg_of, as_np, compact, expr_of, op_name, op_rules, remembering, squash, tensors_in, unknown, varying, watching
+from ..core import call, eval_mode, fork_rng, plain
+from .labels import Dim, Labeller, Len, Test, Unseen, arg_of, as_it_was, as_np, compact, expr_of, op_name, op_rules, remembering, squash, tensors_in, unknown, varying, watching
 
-# %% ../../nbs/prune/06_rules.ipynb #557a54fa
+# %% ../../nbs/prune/06_rules.ipynb #b2679908
 def _few(x, n=2)->tuple: # input, number of samples
     "The first samples, if all tensors have the same number of them"
     sizes = {len(t) if t.ndim else None for t in tensors_in(x)}
@@ -30,7 +30,8 @@ def _few(x, n=2)->tuple: # input, number of samples
 def _run(model, x, remembers):
     L = Labeller(model)
     L.remembers = remembers
-    with eval_mode(model), remembering(model if remembers else nn.Identity(), L), watching(L.paths, L.stack), Unseen(L), L: return L, call(model, x)
+    x = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, plain(x)) # a model may work in place
+    with eval_mode(model), fork_rng(), as_it_was(model), remembering(model if remembers else nn.Identity(), L), watching(L.paths, L.stack), Unseen(L), L: return L, call(model, x)
 
 def label(model:nn.Module,
           x, # example input; see `core.call`

@@ -6,7 +6,7 @@
 __all__ = ['layers_by_role', 'frozen_layers', 'fold_depth', 'Rail', 'Chart', 'group_chart', 'Picture', 'plot_groups',
            'plot_widths', 'frozen_counts', 'plot_frozen', 'GroupTable', 'group_table']
 
-# %% ../../nbs/study/05_groups.ipynb #7144dc9a
+# %% ../../nbs/study/05_groups.ipynb #35357383
 import io,re,textwrap
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from ..core import match_layers, near
 from ..measure.report import _css, _html_table
-from ..prune.channels import Group, Groups, _role
+from ..prune.channels import Group, Groups
 from ..prune.plan import Plan
 from .plots import _figure, _shorten
 
@@ -37,7 +37,7 @@ def layers_by_role(groups:Groups,
     out = {v: list(dict.fromkeys(_layer(groups, s.name) for s in g.slices if _verbs[s.role]==v)) for v in _verbs.values()}
     return {**out, 'carries': [n for n in out['carries'] if n not in out['makes']]}
 
-# %% ../../nbs/study/05_groups.ipynb #ac23e07b
+# %% ../../nbs/study/05_groups.ipynb #0cbeb42d
 def _without_place(text, paths):
     "'4 of 8 channels: blocks.0: layer norm' -> 'layer norm'"
     text = re.sub(r'^\d+ of \d+ channels: ', '', text)
@@ -48,8 +48,7 @@ def frozen_layers(groups:Groups,
                  )->dict: # layer -> (channels that stay, why)
     "Layers of which some or all channels can't go"
     n,paths = Counter(),{p for p,_ in groups.model.named_modules()}
-    for (name,axis),slots in groups._L.axes.items():
-        if _role(groups._L, slots)=='out': n[_layer(groups, name)] += len(slots)
+    for name,k in groups.makers().items(): n[_layer(groups, name)] += k
     for s in (s for g in groups for s in g.slices if s.role=='out'): n[_layer(groups, s.name)] -= s.index.size
     why = {o.partition('#')[0]: w for o,w in groups.frozen.items()}
     why = {_layer(groups, o if o in groups.shapes else f'{o}.weight'): _without_place(w, paths) for o,w in why.items()}
@@ -114,7 +113,7 @@ def _picked(groups, order, only):
     things = {**dict(groups.model.named_parameters()), **dict(groups.model.named_modules())}
     return match_layers({n: things[n] for n in order}, only)
 
-# %% ../../nbs/study/05_groups.ipynb #057ff38b
+# %% ../../nbs/study/05_groups.ipynb #39911a82
 def group_chart(groups:Groups,
                 plan:Plan=None,     # what goes; None only shows the widths
                 only=None,          # layers to show: name, glob, type, f(name, module), a list of these, or a group; all by default
@@ -123,7 +122,7 @@ def group_chart(groups:Groups,
     "Rows, rails and widths: what `plot_groups` draws"
     _check(groups, plan)
     roles,stays = {g.name: layers_by_role(groups, g) for g in groups},frozen_layers(groups)
-    ran = list(dict.fromkeys(_layer(groups, n) for n,_ in groups._L.axes))
+    ran = list(dict.fromkeys(_layer(groups, n) for n in groups.order))
     order = [n for n in ran if n in stays or any(n in r['makes'] or n in r['reads'] for r in roles.values())]
     shown = _picked(groups, order, only)
     depth = None if len(shown)<=max_rows else fold_depth(shown, max_rows) or 1
