@@ -84,7 +84,7 @@ def theirs(model, x, shapes, macs, limit):
         return dict(state=('raises' if any('torch_pruning' in f.filename for f in where) else 'broken') + f': {type(e).__name__}')
     finally: signal.setitimer(signal.ITIMER_PROF, 0)
 
-def one(name, size, limit, peer):
+def one(name, size, limit, peer, earlier=None):
     torch.manual_seed(0)
     model = fair(timm.create_model(name), size)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -95,7 +95,7 @@ def one(name, size, limit, peer):
     except Late: row = dict(error='not done in 300 s')
     except Exception as e: row = dict(error=f'{type(e).__name__}: {e}'[:200])
     finally: signal.setitimer(signal.ITIMER_PROF, 0)
-    return dict(name=name, size=size, conv=is_conv(name), **row, peer=theirs(twin, x, shapes, macs, limit) if peer else {})
+    return dict(name=name, size=size, conv=is_conv(name), **row, peer=theirs(twin, x, shapes, macs, limit) if peer else earlier or {})
 
 def secs(row): return row['find']+row['select']+row['cut']
 
@@ -140,15 +140,17 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--models', help='comma-separated names; by default the whole list'); p.add_argument('--limit', type=float, default=40., help="CPU seconds that Torch-Pruning may take")
     p.add_argument('--no-peer', action='store_true'); p.add_argument('--out'); p.add_argument('--rows', help='JSON lines, one a model, written as they come; a second run goes on')
+    p.add_argument('--peer-rows', help="rows of an earlier run, whose figures of Torch-Pruning are taken over")
     a = p.parse_args()
     torch.set_num_threads(1)
     signal.signal(signal.SIGPROF, _late)
     listed = dict((l.split()+['224'])[:2] for l in (HERE/'timm_models.txt').read_text().splitlines() if l.strip() and not l.startswith('#'))
     todo = {n: int(listed.get(n, 224)) for n in (a.models.split(',') if a.models else listed)}
     rows = [json.loads(l) for l in Path(a.rows).read_text().splitlines()] if a.rows and Path(a.rows).exists() else []
+    earlier = {r['name']: r['peer'] for r in map(json.loads, Path(a.peer_rows).read_text().splitlines())} if a.peer_rows else {}
     for name,size in todo.items():
         if name in {r['name'] for r in rows}: continue
-        rows.append(one(name, size, a.limit, not a.no_peer))
+        rows.append(one(name, size, a.limit, not (a.no_peer or name in earlier), earlier.get(name)))
         if a.rows: Path(a.rows).open('a').write(json.dumps(rows[-1])+'\n')
         print(json.dumps({k:v for k,v in rows[-1].items() if k not in ('frozen','peer','whole')}), rows[-1]['peer'].get('state'), file=sys.stderr, flush=True)
     lines = [*summary(rows), '', *table(rows), '', *reasons(rows)]

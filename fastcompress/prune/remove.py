@@ -198,7 +198,7 @@ class Restricted(Labeller):
         elif op_name(func) in ('linear','conv1d','conv2d','conv3d','conv_transpose1d','conv_transpose2d','conv_transpose3d'): self._constants(func, args, kwargs or {}, out)
         return out
 
-# %% ../../nbs/prune/10_remove.ipynb #f82e3821
+# %% ../../nbs/prune/10_remove.ipynb #3f2a9e93
 def _spread(t, kept, shape):
     "Undo slicing: zeros where nothing was kept"
     for a,keep in kept.items():
@@ -234,7 +234,7 @@ def _constants(self:Restricted, func, args, kwargs, out):
     at = moved[(slice(None), *(0 if i==0 else k//2 for i,k in enumerate(moved.shape[1:])))].reshape(-1, 1) # the middle of the first sample
     off = float((moved.flatten(1)-at).abs().max()/brings.abs().max().clamp(min=1e-300))
     name = self.names.get(id(w))
-    if off>1e-9 and not (self.approximate and len(brings)>1 and torch.allclose(brings, brings[:1])): return self.problems.append((self.site, "what removed channels bring isn't constant"))
+    if off>1e-9 and not self.approximate: return self.problems.append((self.site, "what removed channels bring isn't constant"))
     if name is None or not name.endswith('weight') or at.shape[0]!=out.shape[axis]: return self.problems.append((self.site, 'removed channels are constant, not zero, and no bias can take that up'))
     path = name.rpartition('.')[0]
     if path in self.folds and not torch.allclose(self.folds[path], at[:,0]): return self.problems.append((self.site, 'it is called several times, with different constants'))
@@ -243,7 +243,7 @@ def _constants(self:Restricted, func, args, kwargs, out):
         self.borders[path] = off
         out.sub_(brings).add_(at[:,0].view([-1 if a==axis%out.ndim else 1 for a in range(out.ndim)]))
 
-# %% ../../nbs/prune/10_remove.ipynb #c0f49eff
+# %% ../../nbs/prune/10_remove.ipynb #fd0d629b
 @dataclass
 class Check:
     "What the oracle found"
@@ -268,7 +268,7 @@ def _outputs(model, see):
     finally:
         for h in hooks: h.remove()
 
-def _sample(x, n=2):
+def _sample(x, n=1):
     "The first samples of a batch, in float64"
     def one(t):
         if not isinstance(t, Tensor): return t
@@ -348,7 +348,7 @@ def fold_(model, plan:Plan, folds:dict):
         m.bias.add_((c if keep is None else c[keep]).to(m.bias))
     return model
 
-# %% ../../nbs/prune/10_remove.ipynb #655944b3
+# %% ../../nbs/prune/10_remove.ipynb #7c666f72
 def suspects(groups, names, path)->list:
     "Groups among `names` that touch the module at `path`, or the nearest around it"
     while True:
@@ -366,7 +366,8 @@ def proven(model, plan, x, strict=False, masked=None, approximate=False)->tuple:
         if plan.empty: return replace(plan, checked=dict(problem=f'the model differs from itself: {res.problem}')), res
         if strict: raise RuntimeError(f"removal isn't exact: {res.problem}. Nothing was changed. (strict=False keeps such groups whole.)")
         groups = find_groups(model, x) if groups is None else groups
-        bad = suspects(groups, [n for n,u in plan.removed.items() if u], res.first)
+        names = [n for n,u in plan.removed.items() if u]
+        bad = [n for n in names if groups[n] is None] or suspects(groups, names, res.first)
         notes = {**plan.notes, **{n: f'kept whole: {res.problem}' for n in bad}}
         plan = plan_for(groups, {n: u for n,u in plan.removed.items() if n not in bad}, plan.asked, notes)
 

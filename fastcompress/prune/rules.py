@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..core import call, eval_mode, fork_rng, plain
 from .labels import Dim, Labeller, Len, Test, Unseen, arg_of, as_it_was, as_np, compact, expr_of, op_name, op_rules, remembering, squash, tensors_in, unknown, varying, watching
 
-# %% ../../nbs/prune/06_rules.ipynb #b2679908
-def _few(x, n=2)->tuple: # input, number of samples
+# %% ../../nbs/prune/06_rules.ipynb #710b9414
+def _few(x, n=1)->tuple: # input, number of samples
     "The first samples, if all tensors have the same number of them"
     sizes = {len(t) if t.ndim else None for t in tensors_in(x)}
     n = min([n, *sizes]) if len(sizes)==1 and None not in sizes else None
