@@ -7,8 +7,8 @@ __all__ = ['arithmetic', 'comparisons', 'op_rules', 'Slots', 'Dim', 'expr_of', '
            'compact', 'squash', 'Rule', 'Test', 'model_paths', 'Labeller', 'unknown', 'as_np', 'arg_of', 'op_name',
            'Unseen', 'as_it_was', 'remembering', 'tensors_in', 'watching']
 
-# %% ../../nbs/prune/05_labels.ipynb #f7a17859
-import operator,re,sys,types
+# %% ../../nbs/prune/05_labels.ipynb #684db832
+import operator,re,sys,types,weakref
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -186,12 +186,14 @@ class Test:
     "A comparison in the code, whose outcome must stay what it was"
     op:str; a:object; b:object; outcome:bool; site:str
 
-# %% ../../nbs/prune/05_labels.ipynb #193fc40a
+# %% ../../nbs/prune/05_labels.ipynb #286c443e
 def model_paths(model)->dict: # module -> its path, the first if it has several
     "Paths of all modules"
     paths = {}
     for n,m in model.named_modules(): paths.setdefault(m, n)
     return paths
+
+def _memory(t): return (t.data_ptr(), t.shape, t.stride()) if t.device.type!='meta' and t.layout==torch.strided else None
 
 op_rules = Registry('op rule')
 
@@ -204,13 +206,13 @@ class Labeller(TorchFunctionMode):
         self.axes,self.unknown = {},Counter() # (tensor name, axis) -> its slots
         self.names,self.paths = {},model_paths(model)
         for n,t in [*model.named_parameters(), *model.named_buffers()]: self.names.setdefault(id(t), n)
-        self._steps,self.inside,self.ruling,self.remembers = {},[],False,True
+        self._steps,self.inside,self.ruling,self.remembers,self.memory = {},[],False,True,{}
     @property
     def site(self): return self.stack[-1] if self.stack else ''
     def maps(self, t)->list:
         "Label maps of tensor `t`, each of its shape, under the names of today"
         if not isinstance(t, Tensor): return []
-        if t not in self.labels: self.labels[t] = self._fresh(t)
+        if t not in self.labels: self.labels[t] = self._fresh(t) if id(t) in self.names else self._same_memory(t)
         self.labels[t] = res = [m for o in self.labels[t] if varying(m := self.canonical(o)) and not self.dead(m)]
         return res
     def is_weight(self, t):
@@ -224,13 +226,19 @@ class Labeller(TorchFunctionMode):
         name = self.names.get(id(t))
         if name is None or not t.is_floating_point(): return []
         return [self.axis_map(t, a, self.slots_of(name, a, t.shape[a])) for a in range(t.ndim) if t.shape[a]>1]
+    def _same_memory(self, t):
+        "A tensor that came without a torch function (`as_subclass`) is the one that it shares its numbers with"
+        twin = self.memory.get(_memory(t), lambda: None)()
+        return self.labels.get(twin, []) if twin is not None else []
     def slots_of(self, name, axis, n):
         if (name,axis) not in self.axes: self.axes[name,axis] = self.slots.new(n)
         return self.axes[name,axis]
     def axis_map(self, t, axis, slots):
         return torch.from_numpy(np.array(slots)).view([-1 if a==axis else 1 for a in range(t.ndim)]).expand(t.shape)
     def set(self, t, maps):
-        if isinstance(t, Tensor): self.labels[t] = [self.canonical(m) for m in maps] if t.numel() else []
+        if not isinstance(t, Tensor): return
+        self.labels[t] = [self.canonical(m) for m in maps] if t.numel() else []
+        if self.labels[t] and t.device.type!='meta' and t.layout==torch.strided: self.memory[_memory(t)] = weakref.ref(t)
     def len(self, t_or_maps, axis, n=None)->Len:
         maps = self.maps(t_or_maps) if isinstance(t_or_maps, Tensor) else t_or_maps
         n = t_or_maps.shape[axis] if n is None else n

@@ -161,7 +161,7 @@ def creation(L, func, args, kwargs, out):
 def copied(L, func, args, kwargs, out):
     L.set(out, [m.expand(out.shape) for m in (L.meet(*args[:2], nd=out.ndim) if L.maps(out) else L.meet(args[1], nd=out.ndim))])
 
-# %% ../../nbs/prune/06_rules.ipynb #0908febe
+# %% ../../nbs/prune/06_rules.ipynb #ca40ddb9
 @op_rules('cat','concat','concatenate','stack')
 def cat(L, func, args, kwargs, out):
     ts,new = arg_of(args, kwargs, 0, 'tensors'),func.__name__=='stack'
@@ -169,6 +169,9 @@ def cat(L, func, args, kwargs, out):
     ts = [t for t in ts if new or t.numel()]
     parts = [[m.unsqueeze(axis) if new else m for m in L.maps(t)] for t in ts]
     shapes = [(*t.shape[:axis], 1, *t.shape[axis:]) if new else t.shape for t in ts]
+    for p in parts: # what one part has along further axes, all must have, or it becomes one
+        for i,m in enumerate(p):
+            if axis in varying(m) and any(_across(m, axis) not in [_across(o, axis) for o in q] for q in parts): p[i] = L.along(m, _across(m, axis))
     kinds = dict.fromkeys(_across(m, axis) for p in parts for m in p)
     res = []
     for kind in kinds: # maps that vary along the same other axes belong together
@@ -321,7 +324,7 @@ def spatial(L, func, args, kwargs, out):
     k = int(re.search(r'(\d)d', func.__name__)[1]) # avg_pool2d has two
     L.set(o, [m[(...,)+(slice(0,1),)*k].expand(o.shape) for m in L.local(L.maps(args[0]), range(-k, 0), 'is resized along its channels')])
 
-# %% ../../nbs/prune/06_rules.ipynb #650bdfc3
+# %% ../../nbs/prune/06_rules.ipynb #deb730ca
 @op_rules(*'mean sum prod amax amin max min var std var_mean std_mean linalg_vector_norm logsumexp norm all any nansum'.split())
 def reduction(L, func, args, kwargs, out):
     x,name = args[0],func.__name__.strip('_')
@@ -329,7 +332,7 @@ def reduction(L, func, args, kwargs, out):
     dim = arg_of(args, kwargs, 2 if 'norm' in name else 1, 'dim', kwargs.get('axis'))
     if dim is None or dim==() or isinstance(dim, bool): dim = list(range(x.ndim))
     axes = [int(dim)%x.ndim] if isinstance(dim, int) else [int(d)%x.ndim for d in dim]
-    mark = None if name in ('sum','linalg_vector_norm','norm','nansum') and x not in L.lifted else f'{name} over channels'
+    mark = None if name in ('sum','linalg_vector_norm','norm','nansum') and x not in L.lifted and not L.is_weight(x) else f'{name} over channels'
     res = L.reduce(L.maps(x), axes, mark)
     for o in out[:2] if isinstance(out, (tuple, list)) else (out,):
         keep = o.ndim==x.ndim
