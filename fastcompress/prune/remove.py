@@ -50,7 +50,7 @@ def _of_factors(plan, name)->bool:
 
 def _after(plan, n): return [len(plan.keep[n][a]) if a in plan.keep[n] else k for a,k in enumerate(plan.shapes[n])]
 
-# %% ../../nbs/prune/10_remove.ipynb #1ddb585c
+# %% ../../nbs/prune/10_remove.ipynb #a03cf4e0
 @torch.no_grad()
 def mask_(model:nn.Module,
           plan:Plan,
@@ -59,12 +59,18 @@ def mask_(model:nn.Module,
     check_fits(model, plan)
     params = dict(model.named_parameters(remove_duplicate=False))
     for n,axes in plan.keep.items():
-        for a,keep in axes.items() if n in params else ():
+        for a,keep in axes.items() if n in params and not _direction(n, params) else ():
             if a in plan.reads.get(n, ()): continue
             gone = torch.ones(plan.shapes[n][a], dtype=torch.bool)
             gone[keep] = False
             params[n].index_fill_(a, gone.nonzero().flatten().to(params[n].device), 0.)
     return model
+
+# %% ../../nbs/prune/10_remove.ipynb #70e53eeb
+def _direction(name, params)->bool:
+    "Is it the direction of a weight-normalised layer? Its length becomes zero; a direction of zeros has none"
+    path,_,k = name.rpartition('.')
+    return k in ('original1','weight_v') and f"{path}.{'original0' if k=='original1' else 'weight_g'}" in params
 
 # %% ../../nbs/prune/10_remove.ipynb #80c4b334
 def _sliced(t, axes):
