@@ -7,8 +7,8 @@ __all__ = ['channel_penalties', 'then_and_now', 'example_input', 'Look', 'look',
            'Pruned', 'nearest_plan', 'ChannelPruneCallback', 'plan_file', 'tensor_shapes', 'read_plan', 'PlanFile',
            'slimming', 'group_lasso', 'ChannelPenaltyCallback']
 
-# %% ../../nbs/callback/05_channels.ipynb #15466f5c
-import copy,json,math,warnings,zipfile
+# %% ../../nbs/callback/05_channels.ipynb #d9368fb5
+import json,math,warnings,zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,20 +23,21 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .hold import Companion, bare, companions, follow_cut
+from .lottery import LotteryTicketCallback
 from .quantize import calibration_batches, training_batches
 from .sparsify import SparsifyCallback, _check_ramp
 from ..core import Registry, as_args, atomic_file, check_fraction, near
-from ..deploy.checkpoint import check_plan, replay_
+from ..deploy.checkpoint import _check_numbers, check_plan, stages
 from ..measure.count import count_macs, n_params
 from ..prune.channels import Groups, find_groups
-from ..prune.mask import alive, granularity as granularity_of, n_pieces
+from ..prune.mask import alive, covered_modules, covered_weights, granularity as granularity_of, n_pieces
 from ..prune.plan import Plan, plan_from_json, plan_to_json
-from ..prune.remove import _sliced, cut_, plan_of, reestimate_norms_, remove_
+from ..prune.remove import _sliced, check_fits, cut_, plan_of, reestimate_norms_, remove_
 from ..prune.schedule import check_schedule, schedules, sparsity_at
 from ..prune.score import criteria, needs, out_first
 from ..prune.select import _gammas, _sources, _word, allowed_widths, Budget, cost_of, covered_groups, describe, gather, named_parts, parse_budget, select
@@ -69,14 +70,15 @@ def then_and_now(groups:Groups,
     out['macs'][0] = round(out['macs'][0])
     return out
 
-# %% ../../nbs/callback/05_channels.ipynb #29c89f3b
+# %% ../../nbs/callback/05_channels.ipynb #9a6d2661
 def example_input(learn,
                   x=None, # given by the user: tensor, or tuple of arguments
                  )->tuple:
     "Arguments for a forward of `learn.model`, on its device: the first two samples of a training batch"
     dev = next(learn.model.parameters()).device
     if x is not None: return to_device(as_args(x), dev)
-    args = calibration_batches(learn.dls, 1)[0]
+    args = next((b for b,_ in training_batches(learn.dls, 1)), None)
+    if args is None: raise ValueError("no example input: the training loader gave no batch. Give one: x=torch.randn(2, 3, 224, 224), say, or a tuple of arguments.")
     bs = next((len(o) for o in tree_leaves(args) if isinstance(o, Tensor) and o.ndim), None)
     return to_device(tree_map(lambda o: o[:2] if isinstance(o, Tensor) and o.ndim and len(o)==bs else o, args), dev)
 
@@ -104,6 +106,7 @@ def look(learn, x, target='channels', include=None, exclude=None, table=None)->L
     groups = find_groups(bare(learn.model), x)
     names,_ = covered_groups(groups, include, exclude)
     table = table(groups, x) if callable(table) else table
+    if table is not None and getattr(table, 'groups', groups).shapes!=groups.shapes: raise ValueError("table holds the times of a model of other shapes. Give what makes one: table=latency_table.")
     cost,word = cost_of(groups, names, target, table),_word(target)
     return Look(groups, names, x, word, cost, then_and_now(groups, names, x, None if word in ('channels','params','macs') else {word: cost({})}), table)
 
@@ -152,7 +155,7 @@ def _follow_opt_(learn, plan, slow):
     for o,was in slow:
         o.slow_weights = L(L(_sliced(was[id(p)], axes.get(id(p), {})) if id(p) in was else p.detach().clone() for p in ps) for ps in o.param_lists)
 
-# %% ../../nbs/callback/05_channels.ipynb #41743806
+# %% ../../nbs/callback/05_channels.ipynb #1becac6a
 def _wrap_again_(learn):
     m = learn.model
     if not isinstance(m, DistributedDataParallel): return
@@ -162,14 +165,15 @@ def _wrap_again_(learn):
 @patch
 def after_cut(self:SparsifyCallback, plan):
     "`callback.channels` removed channels: what lies aside and what was summed loses them too, pieces are counted anew"
-    if not self._began or self._ws is None: return
+    if not self._ramps: return
+    names,model,masks = [o for r in self._ramps.values() for o in r['names']],bare(self.model),self.learn.mask_keeper.masks
     for d in (self._aside, self._w0, *(self._gather.sums.values() if self._gather is not None else ())):
-        if d: d.update(follow_cut(bare(self.model), plan, d))
-    masks = self.learn.mask_keeper.masks
+        if d: d.update(follow_cut(model, plan, d))
+    ws,ms = covered_weights(model, names),covered_modules(model, names)
     for r in self._ramps.values():
-        ws,ms = {o: self._ws[o] for o in r['names']},{o: self._ms[o] for o in r['names']}
-        r['n'] = sum(n_pieces(ws, ms, self.granularity).values())
-        r['gone'] = r['n'] - sum(int(alive(granularity_of(self.granularity), out_first(masks[o], m)).count_nonzero()) for o,m in ms.items())
+        alive_ = [alive(granularity_of(self.granularity), out_first(masks[o], ms[o])) for o in r['names']]
+        r['n'] = sum(n_pieces({o: ws[o] for o in r['names']}, {o: ms[o] for o in r['names']}, self.granularity).values())
+        r['gone'] = r['n'] - sum(int(a.count_nonzero()) for a in alive_)
 
 # %% ../../nbs/callback/05_channels.ipynb #8edfa508
 def change_(learn,
@@ -228,10 +232,11 @@ def nearest_plan(seen:Look,
     other.asked = other.asked | dict(budget=None, met={})
     return min(plan, other, key=lambda p: _misses(p, wanted))
 
-# %% ../../nbs/callback/05_channels.ipynb #06a56a4d
+# %% ../../nbs/callback/05_channels.ipynb #e047b1f6
 def _check_model(learn):
     if simulation(bare(learn.model)) is not None: raise ValueError("the model is quantized, and its scales belong to the channels it has. learn.dequantize() takes that off; remove channels, then quantize.")
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in learn.cbs): raise ValueError("to_non_native_fp16 trains a copy of the weights, which can't follow. Use learn.to_fp16() instead.")
+    if any(isinstance(cb, LotteryTicketCallback) for cb in learn.cbs): raise ValueError("a lottery rewinds to weights of the whole network. learn.remove_cb(learn.lottery_ticket), or remove channels when it is over.")
 
 def _data_for(learn, seen, criterion, scope, n_batches, side='out'):
     "What `select` wants to know of data"
@@ -265,7 +270,7 @@ def _reset_(learn):
     "The example input has left its traces in the hidden state of a recurrent network"
     if any(isinstance(cb, ModelResetter) for cb in learn.cbs): bare(learn.model).reset()
 
-# %% ../../nbs/callback/05_channels.ipynb #33abb2f4
+# %% ../../nbs/callback/05_channels.ipynb #a8bb522a
 _options = 'reduce','normalise','side','fallback','seed'
 
 def _check_options(kwargs):
@@ -294,7 +299,7 @@ def prune_channels(self:Learner,
                    n_batches:int=4,    # batches of training data, for criteria that ask the network and for `reestimate`
                    reestimate:bool=False, # running statistics of BatchNorms anew, from `n_batches`
                    strict:bool=False,  # raise where a group can't be removed exactly, rather than keep it
-                   table=None,         # for 'latency': `LatencyTable`, or f(groups, x) that makes one
+                   table=None,         # for 'latency': `LatencyTable`, or f(groups, x) that makes one, such as `latency_table`
                    x=None,             # example input; from `dls` by default
                    **kwargs            # `reduce`, `normalise`, `side`, `fallback`, `seed` of `select`
                   )->Pruned:           # the plan of this cut, which shows as a table
@@ -311,11 +316,11 @@ def prune_channels(self:Learner,
     asked = dict(goals=_goals(bare(self.model), key, 1-(1-so_far)*(1-ratio))) if plain else None
     return _carry_out_(self, seen, plan, strict, reestimate, n_batches, asked)
 
-# %% ../../nbs/callback/05_channels.ipynb #d8d64efa
+# %% ../../nbs/callback/05_channels.ipynb #67c36ec9
 class ChannelPruneCallback(Callback):
     "Remove channels during a fit, along a schedule, until `ratio` of the original is gone"
     order,run_valid,_stateattrs = 53,False,('_x',)
-    _x,_began,_real,_changed,_warned,waits,over,_done = None,False,False,False,False,False,True,0
+    _x,_began,_real,_made,_changed,_warned,waits,over,_done = None,False,False,False,False,False,False,True,0
     _parts,_t,_on_way,_most,_from,_last,requested,obtained = None,None,False,0.,0.,0.,0.,0.
     _rate,_place,_left,pos,_spans = (vars(SparsifyCallback)[o] for o in ('_rate','_place','_left','pos','_spans')) # the same clock
     def __init__(self,
@@ -336,7 +341,7 @@ class ChannelPruneCallback(Callback):
                  reestimate:bool=False, # after each cut, running statistics of BatchNorms anew, from `n_batches`
                  wait:bool=True,        # cut nothing in fits in which layers to be cut are frozen
                  strict:bool=False,     # raise where a group can't be removed exactly, rather than keep it
-                 table=None,            # for 'latency': `LatencyTable`, or f(groups, x) that makes one
+                 table=None,            # for 'latency': `LatencyTable`, or f(groups, x) that makes one, such as `latency_table`
                  x=None,                # example input; from `dls` by default
                  **kwargs               # `reduce`, `normalise`, `side`, `fallback`, `seed` of `select`
                 ):
@@ -344,6 +349,7 @@ class ChannelPruneCallback(Callback):
         if hint := check_schedule(schedule): warnings.warn(hint)
         if getattr(schedules.resolve(schedule), 'dense_again', False): raise ValueError(f"schedule={_word(schedule)!r} gives back what was removed; channels don't come back. SparsifyCallback can do that.")
         if 'w0' in needs(criteria.resolve(criterion)): raise ValueError(f"criterion {_word(criterion)!r} compares with weights from before training, which aren't kept here. Give learn.prune_channels ready scores.")
+        if hasattr(table, 'predict') and schedule!='one_shot': raise ValueError("a table of times belongs to one model, and each cut makes another. Give what makes a table: table=latency_table.")
         start,end,in_steps = _check_ramp(start, end, True)
         for k,v in dict(every=every, epochs=epochs, n_batches=n_batches).items():
             if v is not None and not (isinstance(v, int) and v>=1): raise ValueError(f"{k}={v!r}: a whole number, 1 or more.")
@@ -371,19 +377,26 @@ def after_validate(self:ChannelPruneCallback):
         was,now = self.counts.get(o, (1, 1))
         self.recorder.log.append(now/was)
 
-# %% ../../nbs/callback/05_channels.ipynb #44a2aaf6
+# %% ../../nbs/callback/05_channels.ipynb #de08394f
 @patch
 def before_step(self:ChannelPruneCallback): self._real = True
 @patch
 def after_cancel_step(self:ChannelPruneCallback): self._real = False
 @patch
+def after_step(self:ChannelPruneCallback): self._made,self._real = self._real,False
+@patch
 def after_batch(self:ChannelPruneCallback):
     self._done = self.epoch*self.n_iter+self.iter+1
-    if not self._real or self.waits: return
-    self._real,self.step = False,self.step+1
+    if not self._made or self.waits: return
+    self._made,self.step = False,self.step+1
     if not self.over: self._advance_()
 
-# %% ../../nbs/callback/05_channels.ipynb #694da709
+# %% ../../nbs/callback/05_channels.ipynb #1a8b1ae5
+@patch
+def after_train(self:ChannelPruneCallback):
+    if self._began and self.epoch==self.n_epoch-1 and not self.waits and not self.over: self._advance_()
+
+# %% ../../nbs/callback/05_channels.ipynb #fcf55305
 @patch
 def before_fit(self:ChannelPruneCallback):
     self._began = False
@@ -393,7 +406,7 @@ def before_fit(self:ChannelPruneCallback):
 @patch
 def before_train(self:ChannelPruneCallback):
     if self._began: return
-    self._began,self._real,self._changed,self.waits,self.whole = True,False,False,False,{}
+    self._began,self._real,self._made,self._changed,self.waits,self.whole = True,False,False,False,False,{}
     self._done = self.epoch*len(self.dls.train)
     self._step0 = self.step - round(self._done*self._rate)
     _check_model(self.learn)
@@ -406,6 +419,11 @@ def _record(self:ChannelPruneCallback):
     return (plan_of(bare(self.model)) or Plan()).asked
 
 @patch(as_prop=True)
+def _what(self:ChannelPruneCallback):
+    "The target, as a word"
+    return parse_budget(self.ratio).target if isinstance(self.ratio, str) else _word(self.target)
+
+@patch(as_prop=True)
 def _key(self:ChannelPruneCallback): return _goal_key(self.target, self.include, self.exclude, self.ratio)
 
 @patch
@@ -416,11 +434,10 @@ def _is_met(self:ChannelPruneCallback):
     if reached>self.ratio+1e-9: self._say_beyond(reached)
     return reached>=self.ratio-1e-9
 
-# %% ../../nbs/callback/05_channels.ipynb #706762de
+# %% ../../nbs/callback/05_channels.ipynb #6f94ef19
 @patch
 def _look(self:ChannelPruneCallback):
-    target = parse_budget(self.ratio).target if isinstance(self.ratio, str) else self.target
-    seen = look(self.learn, self._x, target, self.include, self._left_out, self.table)
+    seen = look(self.learn, self._x, self.target if callable(self.target) else self._what, self.include, self._left_out, self.table)
     self.counts = seen.counts
     return seen
 
@@ -444,7 +461,7 @@ def _gone(self:ChannelPruneCallback, seen):
     plan = plan_of(seen.groups.model) or Plan()
     return min([1., *((1-g.n/_was(plan, g))/p for n,p in self._parts.items() if p and (g := seen.groups[n]) is not None)])
 
-# %% ../../nbs/callback/05_channels.ipynb #4a6f6730
+# %% ../../nbs/callback/05_channels.ipynb #8b543ba7
 @patch
 def _begin_(self:ChannelPruneCallback):
     self._x = example_input(self.learn, self.x)
@@ -469,7 +486,7 @@ def _is_beyond(self:ChannelPruneCallback, seen):
 
 @patch
 def _say_beyond(self:ChannelPruneCallback, gone):
-    warnings.warn(f"{gone:.1%} of the original {_word(self.target)} are gone already, and channels don't come back; ratio={self.ratio!r} asks for less.")
+    warnings.warn(f"{gone:.1%} of the original {self._what} are gone already, and channels don't come back; ratio={self.ratio!r} asks for less.")
 
 @patch
 def _say_waiting(self:ChannelPruneCallback, frozen, names):
@@ -511,7 +528,7 @@ def _resume_(self:ChannelPruneCallback, state):
     self.step,self._t,self._from,self._last = (state[k] for k in ('step','t','from','last'))
     self._step0,self._past = (state['step0'],state['past']) if self.epoch else (self.step,state['now'])
 
-# %% ../../nbs/callback/05_channels.ipynb #d441b7c7
+# %% ../../nbs/callback/05_channels.ipynb #75f2c2be
 @patch
 def _due(self:ChannelPruneCallback, part, last):
     "Is it time to go from what was asked for last to `part`?"
@@ -549,22 +566,19 @@ def _cut_(self:ChannelPruneCallback, seen, part, last):
 
 @patch
 def _note(self:ChannelPruneCallback, part, done):
-    target = parse_budget(self.ratio).target if isinstance(self.ratio, str) else _word(self.target)
-    was,now = self.counts[target]
+    was,now = self.counts[self._what]
     self.requested,self.obtained = part,1-now/max(was, 1e-300)
     self.history.append((self.step, self.pos, part, self.obtained))
     self.plans.append(done)
     if self.over and part>0 and self.obtained==0: warnings.warn(f"nothing was removed, though ratio={self.ratio!r} was asked for: " + '; '.join(f'{n!r}: {w}' for n,w in list(done.notes.items())[:3]))
 
-# %% ../../nbs/callback/05_channels.ipynb #2f5ee03b
+# %% ../../nbs/callback/05_channels.ipynb #25322e21
 @patch
 def after_epoch(self:ChannelPruneCallback):
     if not self._began or self.waits or not (self._changed or not self.over): return
     self._changed = False
     for cb in self.learn.cbs:
-        if not isinstance(cb, TrackerCallback) or getattr(cb, 'best', None) is None: continue
-        cb.best = float('inf') if cb.comp(0,1) else -float('inf')
-        if hasattr(cb, 'wait'): cb.wait = 0
+        if isinstance(cb, TrackerCallback) and getattr(cb, 'best', None) is not None: cb.best = math.inf if cb.comp(0,1) else -math.inf
 
 @patch
 def after_fit(self:ChannelPruneCallback):
@@ -574,7 +588,7 @@ def after_fit(self:ChannelPruneCallback):
     pos = self.pos
     self._past += self._place*self.n_epoch
     if self.over or self._spans: return
-    warnings.warn(f"the fit ended at {pos:.0%} of its length, before the end of the ramp ({self.end:.0%}): {self.obtained:.1%} of {self._most:.1%} {self.target} are gone. "
+    warnings.warn(f"the fit ended at {pos:.0%} of its length, before the end of the ramp ({self.end:.0%}): {self.obtained:.1%} instead of {self._most:.1%} of the {self._what} are gone. "
                   "Another fit with this callback goes on; learn.prune_channels cuts at once.")
 
 # %% ../../nbs/callback/05_channels.ipynb #5d5b4d99
@@ -606,16 +620,18 @@ def _differ(have, want):
     "The first tensor that is not as in the file: name, shapes"
     return next(((n, have[n], s) for n,s in want.items() if n in have and list(have[n])!=s), None)
 
-# %% ../../nbs/callback/05_channels.ipynb #f4d019a2
+# %% ../../nbs/callback/05_channels.ipynb #5aba2ec4
 def _begin_anew(file): return f"To load it, begin with the whole model: Learner(dls, the code that makes it).load({Path(file).stem!r})."
 
 def _shapes(model): return {n: list(t.shape) for n,t in model.state_dict().items()}
 
 def _check_belongs(plan, file, model, shapes):
-    "Carry `plan` out on a copy, and compare with the file"
-    try: other = _differ(_shapes(replay_(copy.deepcopy(model), plan)), shapes)
+    "`ValueError` if `plan` can't be carried out on `model`, or leaves other shapes than the file has"
+    first = stages(plan)[0] # without what happens inside factors
+    try: check_fits(model, first)
     except ValueError as e: raise ValueError(f"{plan_file(file).name} doesn't fit this Learner's model: {e} Nothing was loaded.") from None
-    if other: raise ValueError(f"{plan_file(file).name} is not the plan of {file.name}: it leaves {other[0]!r} the shape {tuple(other[1])}, the file has {tuple(other[2])}. Nothing was loaded.")
+    left = {n: [len(first.keep[n].get(a, range(k))) for a,k in enumerate(shape)] for n,shape in first.shapes.items()}
+    if other := _differ(left, shapes): raise ValueError(f"{plan_file(file).name} is not the plan of {file.name}: it leaves {other[0]!r} the shape {tuple(other[1])}, the file has {tuple(other[2])}. Nothing was loaded.")
 
 class PlanFile(Companion):
     "Channels that were removed"
@@ -643,7 +659,7 @@ class PlanFile(Companion):
                          + ('. There is no plan beside it. ' if plan is None else f'. {plan_file(file).name} removes others. ') + _begin_anew(file))
 
 def _cut_by(plan, model, opt):
-    cut_(model, plan, opt, rebuild=True)
+    for part in stages(plan): cut_(model, part, opt, rebuild=True)
     model.fastcompress_plan = plan
 
 companions['plan'] = PlanFile()

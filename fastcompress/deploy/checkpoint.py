@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['order', 'version', 'each_once', 'stored', 'digest', 'check_storable', 'check_arch', 'timm_arch', 'NoInit',
-           'make_timm', 'resolve_arch', 'stages', 'check_plan', 'replay_', 'build', 'difference', 'save_compressed',
-           'Contents', 'contents_text', 'describe_compressed', 'check_tensors', 'fill_', 'load_compressed']
+           'make_timm', 'resolve_arch', 'stages', 'check_plan', 'replay_', 'build', 'passing', 'difference',
+           'save_compressed', 'Contents', 'contents_text', 'describe_compressed', 'check_tensors', 'fill_',
+           'load_compressed']
 
 # %% ../../nbs/deploy/05_checkpoint.ipynb #3844497d
 import copy,hashlib,json,re,warnings
@@ -39,10 +40,11 @@ def each_once(model:nn.Module,
         else: first[id(t)],tensors[n] = n,t
     return tensors, aliases
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #fec9e288
+# %% ../../nbs/deploy/05_checkpoint.ipynb #ea9c4b77
 def stored(t:Tensor)->Tensor:
     "`t` as the file keeps it: on the CPU, contiguous, complex128 as pairs of float64"
     t = plain(t.detach()).cpu().resolve_conj().resolve_neg().contiguous()
+    if t.numel()==1: t = t.clone(memory_format=torch.contiguous_format) # one element is contiguous with any stride
     return torch.view_as_real(t) if t.dtype==torch.complex128 else t
 
 def digest(t:Tensor, # as `stored` gives it
@@ -144,7 +146,7 @@ def stages(plan:Plan)->list:
                     biases=[n for n in plan.biases if inside(f'{n}.')==where])
     return [part(False), *([Plan(factors=plan.factors), part(True)] if plan.factors else [])]
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #f6c69ca9
+# %% ../../nbs/deploy/05_checkpoint.ipynb #8e7f4b73
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
 def _wholes(v): return isinstance(v, (list, tuple)) and all(map(_whole, v))
 
@@ -162,6 +164,7 @@ def check_plan(plan:Plan):
     for k in 'removed','reads': need(all(_wholes(o) for o in getattr(plan, k).values()), f'{k} holds more than whole numbers')
     need(all(map(_whole, plan.units.values())), 'units holds more than whole numbers')
     for k in 'attrs','factors': need(all(isinstance(o, dict) for o in getattr(plan, k).values()), f'{k} holds more than dictionaries')
+    need(all(isinstance(o, list) for o in plan.marks.values()), 'marks holds more than lists')
     need(all(isinstance(n, str) for n in plan.biases), 'biases are no names')
 
 # %% ../../nbs/deploy/05_checkpoint.ipynb #ea59a147
@@ -201,7 +204,7 @@ def build(make,plan)->tuple: # model, number of its parameters before
     n = sum(p.numel() for p in model.parameters())
     return (model if plan is None else replay_(model, plan)), n
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #b27971ca
+# %% ../../nbs/deploy/05_checkpoint.ipynb #b16781d7
 _training_only = set('training p drop_prob drop_rate drop_path_rate attn_drop proj_drop momentum inplace scale_by_keep grad_checkpointing'.split())
 
 def _settings(m)->dict:
@@ -209,6 +212,13 @@ def _settings(m)->dict:
     return {k: lists(v) for k,v in vars(m).items() if not k.startswith('_') and k not in _training_only and _is_plain(v)}
 
 def _apart(a, b)->bool: return a!=b and repr(a)!=repr(b) # nan is not nan
+
+def _buffers(model)->dict: # name -> is it in the state_dict?
+    return {f'{p}.{k}' if p else k: k not in m._non_persistent_buffers_set for p,m in model.named_modules(remove_duplicate=False) for k,b in m._buffers.items() if b is not None}
+
+def passing(*buffers)->set: # of names
+    "Tables that code computes (non-persistent buffers): some change with the input, some come and go with versions of timm"
+    return {n for d in buffers for n,stays in d.items() if not stays}
 
 def difference(model, built)->str: # '' if there is none
     "The first thing in which `built` isn't `model`, values of parameters and buffers aside"
@@ -221,12 +231,13 @@ def difference(model, built)->str: # '' if there is none
             if _apart(sa[k], sb[k]): return f"{p+'.' if p else ''}{k} is {sa[k]!r} here, {sb[k]!r} there"
         for k,t in vars(a).items():
             if isinstance(t, Tensor) and not (isinstance(o := vars(b).get(k), Tensor) and o.shape==t.shape and torch.equal(o.cpu(), t.cpu())): return f"{p+'.' if p else ''}{k}, a tensor that is neither parameter nor buffer, has other values"
-    a,b = ({n: list(t.shape) for n,t in tensors_of(m).items()} for m in (model, built))
+    free = passing(_buffers(model), _buffers(built))
+    a,b = ({n: list(t.shape) for n,t in tensors_of(m).items() if n not in free} for m in (model, built))
     return next((f"{n} has the shape {a.get(n)} here, {b.get(n)} there" for n in [*a, *b] if a.get(n)!=b.get(n)), '')
 
 def _kind(m): return 'missing' if m is None else f'a {type(m).__name__}'
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #c782dacb
+# %% ../../nbs/deploy/05_checkpoint.ipynb #237e745e
 version = 1 # of the format
 
 def _json_item(o):
@@ -238,9 +249,6 @@ def _json(d, what)->str:
     except (TypeError, ValueError, RecursionError) as e: raise ValueError(f"{what} can't be written as text: {e}. Only numbers, words, lists and dictionaries of them can.") from None
 
 def _sealed(head)->str: return _json({**head, 'sha256': hashlib.sha256(_json(head, 'the header').encode()).hexdigest()}, 'the header')
-
-def _buffers(model)->dict: # name -> is it in the state_dict?
-    return {f'{p}.{k}' if p else k: k not in m._non_persistent_buffers_set for p,m in model.named_modules(remove_duplicate=False) for k,b in m._buffers.items() if b is not None}
 
 # %% ../../nbs/deploy/05_checkpoint.ipynb #d8bf732b
 def _verified(model, plan, arch)->tuple: # what to write down of `arch`, parameters before
@@ -313,7 +321,7 @@ def _checked_head(text, path)->dict:
     if head['sections'] or head['order']!=order: raise ValueError(f"{path} holds what this version of fastcompress ({__version__}) can't read: {', '.join(head['sections']) or head['order']}. Update fastcompress.")
     return head
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #bdec8e63
+# %% ../../nbs/deploy/05_checkpoint.ipynb #c7e243e9
 def _open(path):
     "The file, opened as safetensors, its checked header and its plan"
     path = Path(path)
@@ -332,6 +340,7 @@ def _open(path):
 def _check_names(f, head, path):
     have,want = set(f.keys()),set(head['tensors'])
     if have!=want: raise ValueError(f"{path}: its tensors aren't those its header lists: {_some(have ^ want)}.")
+    if not all(isinstance(n, str) for n in [*head['aliases'].values(), *head['complex']]): raise ValueError(f"{path}: its header has a malformed aliases or complex.")
     if bad := [a for a,n in head['aliases'].items() if a in want or n not in want] + [n for n in head['complex'] if n not in want]: raise ValueError(f"{path}: its header speaks of tensors that don't exist: {_some(bad)}.")
     arch = head['arch']
     if arch is not None and (set(arch)!={'name','kwargs'} or not isinstance(arch['kwargs'], dict)): raise ValueError(f"{path}: its header has a malformed arch.")
@@ -401,26 +410,27 @@ def describe_compressed(path)->Contents: # shows itself as text; all of it is in
     n = sum(prod(tensors[k][1]) for k in tensors if k not in head['buffers'])
     return Contents(str(path), Path(path).stat().st_size, head['model'], head['arch'], plan, tensors, head['aliases'], n, head['params'], head['meta'], head['made_with'])
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #63cda1c3
+# %% ../../nbs/deploy/05_checkpoint.ipynb #37fd6456
 def _read(f, head, path)->dict: # name -> tensor
     "Tensors, each compared with its checksum"
     out = {}
     for n,want in head['tensors'].items():
         t = f.get_tensor(n).clone() # not a window into the file, which may be replaced
         if digest(t)!=want: raise ValueError(f"{path}: {n!r} was damaged after it was written (SHA-256 differs).")
+        if n in head['complex'] and not (t.dtype==torch.float64 and t.shape[-1:]==(2,)): raise ValueError(f"{path}: {n!r} should be complex, and holds no pairs.")
         out[n] = torch.view_as_complex(t) if n in head['complex'] else t
     return out
 
 def check_tensors(model, tensors, head, strict, path)->list: # names to fill
     "`ValueError` if `model` hasn't the tensors of the file"
     have,given = tensors_of(model),{**tensors, **{a: tensors[n] for a,n in head['aliases'].items()}}
-    passing = {n for n,stays in {**head['buffers'], **_buffers(model)}.items() if not stays} # recomputed by their code; one version may have one that another hasn't
-    lacks,extra = set(have)-set(given)-passing,set(given)-set(have)-passing
+    free = passing(_buffers(model))
+    lacks,extra = set(have)-set(given)-free,set(given)-set(have)-passing(head['buffers'])
     text = '; '.join([*([f"the file has no {_some(lacks)}"] if lacks else []), *([f"the model has no {_some(extra)}"] if extra else [])])
     if text and strict: raise ValueError(f"{path} isn't of this {type(model).__name__}: {text}. {_version_hint(head)}strict=False passes over what only one side has.")
     if text: warnings.warn(f"{path}: {text}.")
     for n in have.keys() & given.keys():
-        if have[n].shape!=given[n].shape: raise ValueError(f"{path} isn't of this {type(model).__name__}: {n!r} has the shape {tuple(given[n].shape)} in the file, {tuple(have[n].shape)} in the model. {_version_hint(head)}".rstrip())
+        if have[n].shape!=given[n].shape and n not in free: raise ValueError(f"{path} isn't of this {type(model).__name__}: {n!r} has the shape {tuple(given[n].shape)} in the file, {tuple(have[n].shape)} in the model. {_version_hint(head)}".rstrip())
         if have[n].requires_grad and not (given[n].is_floating_point() or given[n].is_complex()): raise ValueError(f"{path}: {n!r} holds {given[n].dtype}, which no parameter can.")
     return [n for n in have if n in given]
 
