@@ -9,7 +9,7 @@ oracle stands in its own column.
     pip install torch-pruning
     OMP_NUM_THREADS=1 python benchmarks/channels_sweep.py --out benchmarks/results/channels_sweep.md
 """
-import argparse, copy, json, signal, statistics, sys, time, traceback, warnings
+import argparse, copy, json, re, signal, statistics, sys, time, traceback, warnings
 from collections import Counter
 from pathlib import Path
 warnings.filterwarnings('ignore')
@@ -127,7 +127,7 @@ def summary(rows):
 def reasons(rows):
     why = Counter()
     for r in rows:
-        for w in r.get('frozen', {}).values(): why[w.rpartition(': ')[2].replace(str(next((c for c in w.split() if c.isdigit()), '')), 'N') if 'number' in w or 'hang' in w else w.rpartition(': ')[2]] += 1
+        for w in r.get('frozen', {}).values(): why[re.sub(r'\d+', 'N', w.rpartition(': ')[2])] += 1
     lines = ['## What is frozen, and why', '', '| layers | reason |', '|---|---|', *(f'| {k} | {w} |' for w,k in why.most_common(20)), '', '| model | layers whose channels stay (besides the output) |', '|---|---|']
     for r in rows:
         per = Counter(r.get('frozen', {}).values())

@@ -430,7 +430,7 @@ def _key(self:ChannelPruneCallback): return _goal_key(self.target, self.include,
 def _is_met(self:ChannelPruneCallback):
     "Was the target reached before?"
     reached = self._record.get('goals', {}).get(self._key)
-    if reached is None or isinstance(self.ratio, (Mapping, str)): return reached is not None
+    if reached is None or isinstance(self.ratio, (Mapping, str)): return False
     if reached>self.ratio+1e-9: self._say_beyond(reached)
     return reached>=self.ratio-1e-9
 
@@ -628,7 +628,7 @@ def _shapes(model): return {n: list(t.shape) for n,t in model.state_dict().items
 def _check_belongs(plan, file, model, shapes):
     "`ValueError` if `plan` can't be carried out on `model`, or leaves other shapes than the file has"
     first = stages(plan)[0] # without what happens inside factors
-    try: check_fits(model, first)
+    try: check_fits(model, first); _check_numbers(model, first)
     except ValueError as e: raise ValueError(f"{plan_file(file).name} doesn't fit this Learner's model: {e} Nothing was loaded.") from None
     left = {n: [len(first.keep[n].get(a, range(k))) for a,k in enumerate(shape)] for n,shape in first.shapes.items()}
     if other := _differ(left, shapes): raise ValueError(f"{plan_file(file).name} is not the plan of {file.name}: it leaves {other[0]!r} the shape {tuple(other[1])}, the file has {tuple(other[2])}. Nothing was loaded.")
