@@ -261,7 +261,9 @@ def test_what_is_to_be_left(learn, text):
     if text=='5000 params': assert 4500<n_params(learn.model)<=5000
     else: assert .45<dict(macs=count_macs(learn.model, X), params=n_params(learn.model))[text.split()[-1]]/full[text.split()[-1]]<=.5
     n,w = len(cb.history),widths(learn.model)
-    learn.fit(1, 1e-2, cbs=(again := ChannelPruneCallback(text, round_to=1))); assert widths(learn.model)==w and n>=3 and not again.history
+    with warnings.catch_warnings():
+        warnings.simplefilter('error'); learn.fit(1, 1e-2, cbs=(again := ChannelPruneCallback(text, round_to=1)))
+    assert widths(learn.model)==w and n>=3 and not again.history
     other = learner(learn.path); other.prune_channels(text, round_to=1); assert n_params(other.model)<12458
 
 def test_parts_group_by_group(learn):

@@ -123,6 +123,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes(learn, tmp_path):
     tampered(lambda e: (e['keep'].update({'nowhere.weight': {'0': [0]}}), e['shapes'].update({'nowhere.weight': [4]})), "doesn't fit this Learner's model: .*no 'nowhere.weight'.*Nothing was loaded")
     tampered(lambda e: e['shapes'].update({'wide.0.weight': [64, 16, 3, 3]}), "doesn't fit this Learner's model")
     tampered(lambda e: e['attrs'].update({'head': {'forward': 3}}), "doesn't fit this Learner's model.*numbers can only become other numbers")
+    side.write_text(json.dumps(json.loads(text) | {'attrs': {'head': {'in_features': 12}}}))
+    refused(learn, 'small', 'small.plan.json removes others') # the same shapes, read otherwise
     side.unlink()
     with pytest.raises(RuntimeError, match='size mismatch'): fresh().load('small') # no plan: fastai's own words
     side.write_text(text)

@@ -430,7 +430,7 @@ def _key(self:ChannelPruneCallback): return _goal_key(self.target, self.include,
 def _is_met(self:ChannelPruneCallback):
     "Was the target reached before?"
     reached = self._record.get('goals', {}).get(self._key)
-    if reached is None or isinstance(self.ratio, (Mapping, str)): return False
+    if reached is None or isinstance(self.ratio, (Mapping, str)): return reached is not None
     if reached>self.ratio+1e-9: self._say_beyond(reached)
     return reached>=self.ratio-1e-9
 
