@@ -7,7 +7,7 @@ __all__ = ['channel_penalties', 'then_and_now', 'example_input', 'Look', 'look',
            'Pruned', 'nearest_plan', 'ChannelPruneCallback', 'plan_file', 'tensor_shapes', 'read_plan', 'PlanFile',
            'slimming', 'group_lasso', 'ChannelPenaltyCallback']
 
-# %% ../../nbs/callback/05_channels.ipynb #d9368fb5
+# %% ../../nbs/callback/05_channels.ipynb #a9e98185
 import json,math,warnings,zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .hold import Companion, bare, companions, follow_cut
+from .hold import Companion, bare, follow_cut
 from .lottery import LotteryTicketCallback
 from .quantize import calibration_batches, training_batches
 from .sparsify import SparsifyCallback, _check_ramp
@@ -620,7 +620,7 @@ def _differ(have, want):
     "The first tensor that is not as in the file: name, shapes"
     return next(((n, have[n], s) for n,s in want.items() if n in have and list(have[n])!=s), None)
 
-# %% ../../nbs/callback/05_channels.ipynb #5aba2ec4
+# %% ../../nbs/callback/05_channels.ipynb #1447de15
 def _begin_anew(file): return f"To load it, begin with the whole model: Learner(dls, the code that makes it).load({Path(file).stem!r})."
 
 def _shapes(model): return {n: list(t.shape) for n,t in model.state_dict().items()}
@@ -662,7 +662,7 @@ def _cut_by(plan, model, opt):
     for part in stages(plan): cut_(model, part, opt, rebuild=True)
     model.fastcompress_plan = plan
 
-companions['plan'] = PlanFile()
+Learner.companions['plan'] = PlanFile()
 
 # %% ../../nbs/callback/05_channels.ipynb #2b7ef0a1
 channel_penalties = Registry('channel penalty')
