@@ -11,7 +11,7 @@ from fastcompress.prune.plan import plan_for
 from fastcompress.prune.remove import mask_, plan_of, remove, verify
 from zoo import ZOO
 
-pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 # ---- an own idea of what removal must equal
 
@@ -61,6 +61,8 @@ def distance(got, want):
 @torch.no_grad()
 def run(model, x): return tensors(call(model, mapped(torch.clone, x)))
 
+def expected(why, words): return any(w and w in words for w in why.split('|'))
+
 def kept_whole(plan): return {n: w for n,w in plan.notes.items() if 'kept whole' in w}
 
 def some(groups, part, rng):
@@ -103,9 +105,9 @@ def changed(before, model):
 # ---- every net of the zoo
 
 def parse(finds):
-    groups,_,stays = finds.partition(' | ')
-    found = {n: (int(k), mark or '') for n,k,mark in re.findall(r'(\S+) (\d+)(?: \((.*?)\))?(?:, |$)', groups)}
-    return found, dict(o.split(': ', 1) for o in stays.split('; ')) if stays else {}
+    groups,_,stays = finds.partition('|')
+    found = {n: (int(k), mark or '') for n,k,mark in re.findall(r'(\S+) (\d+)(?: \((.*?)\))?(?:, |$)', groups.strip())}
+    return found, dict(o.split(': ', 1) for o in stays.strip().split('; ')) if stays.strip() else {}
 
 def made(name):
     torch.manual_seed(0)
@@ -127,7 +129,7 @@ def check_exact(model, groups, removed, x, kept='', exact=True):
     plan = plan_for(groups, removed)
     small = remove(model, plan, x)
     done = plan_of(small)
-    assert all(kept and kept in w for w in kept_whole(done).values()), kept_whole(done)
+    assert all(expected(kept, w) for w in kept_whole(done).values()), kept_whole(done)
     assert kept or set(done.removed)==set(removed)
     for x_ in (x, another(x)) if exact else ():
         want = run(zeroed(model, groups, done.removed), x_)
@@ -162,8 +164,8 @@ def check_zoo(name):
     small = remove(single, plan_for(groups, some(groups, .5, rng)), x)
     assert [t.shape for t in run(small, x)]==shapes
     why = e.inexact or e.kept
-    assert all(why and why in w for w in kept_whole(plan_of(small)).values()), kept_whole(plan_of(small))
+    assert all(expected(why, w) for w in kept_whole(plan_of(small)).values()), kept_whole(plan_of(small))
     if e.trains: check_trains(small, x)
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xfail(reason=e.bug, strict=True)) if e.bug else n for n,e in ZOO.items()])
+@pytest.mark.parametrize('name', ZOO)
 def test_zoo(name): check_zoo(name)

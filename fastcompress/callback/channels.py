@@ -7,7 +7,7 @@ __all__ = ['channel_penalties', 'then_and_now', 'example_input', 'Look', 'look',
            'Pruned', 'nearest_plan', 'ChannelPruneCallback', 'plan_file', 'tensor_shapes', 'read_plan', 'PlanFile',
            'slimming', 'group_lasso', 'ChannelPenaltyCallback']
 
-# %% ../../nbs/callback/05_channels.ipynb #a9e98185
+# %% ../../nbs/callback/05_channels.ipynb #3ab14381
 import json,math,warnings,zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,6 +35,7 @@ from ..core import Registry, as_args, atomic_file, check_fraction, near
 from ..deploy.checkpoint import _check_numbers, check_plan, stages
 from ..measure.count import count_macs, n_params
 from ..prune.channels import Groups, find_groups
+from ..prune.lowrank import Ranks, factor_ranks
 from ..prune.mask import alive, covered_modules, covered_weights, granularity as granularity_of, n_pieces
 from ..prune.plan import Plan, plan_from_json, plan_to_json
 from ..prune.remove import _sliced, check_fits, cut_, plan_of, reestimate_norms_, remove_
@@ -128,7 +129,7 @@ def forget_shapes_(model, plan:Plan):
         p.data = torch.empty(0, dtype=other, device=p.device)
         p.data = data
 
-# %% ../../nbs/callback/05_channels.ipynb #b8f3c94d
+# %% ../../nbs/callback/05_channels.ipynb #793264bb
 def _optimizers(opt):
     while opt is not None:
         yield opt
@@ -148,6 +149,18 @@ def _place_biases_(learn, plan):
             if id(m.bias) in at: ps.insert(at[id(m.weight)]+1, ps.pop(at[id(m.bias)]))
         for o in _optimizers(learn.opt):
             if isinstance(vars(o).get('state'), dict) and hasattr(o, 'hypers'): o.state.setdefault(m.bias, {} if learn.wd_bn_bias else {'do_wd': False})
+
+def _place_factors_(learn, swapped): # layer -> the chain that stands in its place
+    for old,new in swapped.items():
+        was,now = {id(p) for p in old.parameters()},list(new.parameters())
+        for p in now: p.requires_grad_(old.weight.requires_grad)
+        for ps in _param_lists(learn.opt):
+            at = [i for i,p in enumerate(ps) if id(p) in was]
+            if at: ps[:] = [*ps[:at[0]], *now, *(p for p in ps[at[0]:] if id(p) not in was)]
+        for o in _optimizers(learn.opt):
+            if not isinstance(state := vars(o).get('state'), dict): continue
+            for p in old.parameters(): state.pop(p, None)
+            if hasattr(o, 'hypers') and not learn.wd_bn_bias: state.update({m.bias: {'do_wd': False} for m in new.children() if m.bias is not None})
 
 def _follow_opt_(learn, plan, slow):
     _place_biases_(learn, plan)
@@ -175,12 +188,13 @@ def after_cut(self:SparsifyCallback, plan):
         r['n'] = sum(n_pieces({o: ws[o] for o in r['names']}, {o: ms[o] for o in r['names']}, self.granularity).values())
         r['gone'] = r['n'] - sum(int(a.count_nonzero()) for a in alive_)
 
-# %% ../../nbs/callback/05_channels.ipynb #8edfa508
+# %% ../../nbs/callback/05_channels.ipynb #b1e8f5c7
 def change_(learn,
             act, # f(model, opt): changes shapes, and leaves its plan on the model
            )->Plan:
     "Let `act` cut `learn.model`, and all that knows it follow. The plan of this cut; `plan_of(learn.model)` has the sum of all"
     model,slow = bare(learn.model),_slow_copies(learn.opt)
+    layers = dict(model.named_modules())
     earlier = vars(model).pop('fastcompress_plan', None)
     try: act(model, learn.opt)
     except BaseException:
@@ -189,7 +203,9 @@ def change_(learn,
     plan = vars(model).pop('fastcompress_plan')
     model.fastcompress_plan = plan if earlier is None else earlier.then(plan)
     forget_shapes_(model, plan)
-    if learn.opt is not None: _follow_opt_(learn, plan, slow)
+    if learn.opt is not None:
+        _place_factors_(learn, {layers[n]: model.get_submodule(n) for n in plan.factors if n in layers and layers[n] is not model.get_submodule(n)})
+        _follow_opt_(learn, plan, slow)
     _wrap_again_(learn)
     for cb in learn.cbs.sorted('order'):
         if hasattr(type(cb), 'after_cut'): cb.after_cut(plan)
@@ -315,6 +331,24 @@ def prune_channels(self:Learner,
     so_far = max((plan_of(bare(self.model)) or Plan()).asked.get('goals', {}).get(key, 0.), seen.gone)
     asked = dict(goals=_goals(bare(self.model), key, 1-(1-so_far)*(1-ratio))) if plain else None
     return _carry_out_(self, seen, plan, strict, reestimate, n_batches, asked)
+
+# %% ../../nbs/callback/05_channels.ipynb #a7c7937f
+@patch
+def factorise(self:Learner,
+              energy:float=0.9,  # part of its sum of squares that each layer keeps, above 0, at most 1; not looked at if `ratio` is given
+              ratio:float=None,  # part of the weights to remove, 0 to 1; None goes by energy
+              method='auto',     # 'auto' or 'tucker', 'svd', 'spatial', or f(module), see `prune.lowrank.methods`
+              include=None,      # layers to factor; by default all but the first convolution and the last layer
+              exclude=None,      # layers to leave out
+              **kwargs           # `round_to`, `min_rank`, `scope` of `factor_ranks`
+             )->Ranks:           # layer name -> kind and ranks; why the others stay: `.unfactored`
+    "Replace layers of the model by low-rank factors, in place; the optimizer follows"
+    _check_model(self)
+    ranks = factor_ranks(bare(self.model), energy, method, ratio, include, exclude, **kwargs)
+    held = [n for n in ranks if hasattr(self, 'mask_keeper') and n in self.mask_keeper.masks]
+    if held: raise ValueError(f"{held[0]!r} has zeros that are held, and its factors would have none. learn.release_masks(), or exclude={held[0]!r}.")
+    if ranks: change_(self, lambda model,opt: remove_(model, Plan(factors=dict(ranks))))
+    return ranks
 
 # %% ../../nbs/callback/05_channels.ipynb #67c36ec9
 class ChannelPruneCallback(Callback):

@@ -65,7 +65,7 @@ def _search(expr, want, full, attrs, gone)->bool:
         full[leaf[1:]] = was
     return False
 
-# %% ../../nbs/prune/07_channels.ipynb #c0f10983
+# %% ../../nbs/prune/07_channels.ipynb #0b38286c
 @patch
 def settle_(self:Labeller, rounds=60):
     "Unite or freeze until whatever is removed leaves tensors rectangular and the code's numbers solvable"
@@ -100,9 +100,13 @@ def _trial(self:Labeller, rng, part):
         if go[r := roots[slots]].all(): go[rng.choice(r)] = False # a layer keeps something
     return self.follow_derived(go[roots] & (self.slots.why[roots]==0))
 
+def _product(expr)->bool:
+    "Lengths, multiplied with each other or with numbers"
+    return isinstance(expr, Len) or isinstance(expr, tuple) and expr[0]=='mul' and all(isinstance(e, int) and e>0 or _product(e) for e in expr[1:])
+
 @patch
 def _mend(self:Labeller, gone)->bool:
-    bad = [(r, by) for r,by in self.numbers(gone)[1] if not (isinstance(r, Test) and r.b in (0, 1) and isinstance(r.a, Len))] # too few is a matter of a plan
+    bad = [(r, by) for r,by in self.numbers(gone)[1] if not (isinstance(r, Test) and r.b in (0, 1) and _product(r.a))] # too few is a matter of a plan
     ties = [self._tie_of(r, by) for r,by in bad]
     for first in (True, False): # once widths follow heads, other numbers may hold by themselves
         if any([self._match(*t) for (r,_),t in zip(bad, ties) if t is not None and first==(isinstance(r, Rule) and isinstance(r.expr, tuple) and r.expr[0]=='floordiv')]): return True

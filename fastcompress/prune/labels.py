@@ -7,7 +7,7 @@ __all__ = ['arithmetic', 'comparisons', 'op_rules', 'Slots', 'Dim', 'expr_of', '
            'compact', 'squash', 'Rule', 'Test', 'model_paths', 'Labeller', 'unknown', 'as_np', 'arg_of', 'op_name',
            'Unseen', 'as_it_was', 'remembering', 'tensors_in', 'watching']
 
-# %% ../../nbs/prune/05_labels.ipynb #684db832
+# %% ../../nbs/prune/05_labels.ipynb #ab4d736c
 import operator,re,sys,types,weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,7 +65,7 @@ class Slots:
         if reason not in self.reasons: self.reasons.append(reason)
         self.why[r] = self.reasons.index(reason)
 
-# %% ../../nbs/prune/05_labels.ipynb #1c44a5e6
+# %% ../../nbs/prune/05_labels.ipynb #0b68ab8f
 class Dim(int):
     "A whole number that remembers where it came from: an attribute, the length of an axis, or arithmetic with these"
     def __new__(cls, value, expr, log=None):
@@ -105,6 +106,9 @@ for _name in comparisons: setattr(Dim, f'__{_name}__', _compare(_name))
 for _name in 'truediv rtruediv pow rpow float and or xor rshift lshift divmod round trunc'.split(): setattr(Dim, f'__{_name}__', _computes(_name))
 
 @patch
+def __neg__(self:Dim): return Dim(int.__neg__(self), ('mul', -1, self.expr), self.log)
+
+@patch
 def used(self:Dim)->int:
     "The plain number, for a computation that isn't about lengths any more"
     return int.__index__(self) if self.log is None else self.log('used', self, None, None)
@@ -114,7 +118,7 @@ def __bool__(self:Dim):
     if self.log is not None: self.log('ne', self, 0, res)
     return res
 
-# %% ../../nbs/prune/05_labels.ipynb #97ca5918
+# %% ../../nbs/prune/05_labels.ipynb #db8e5eb0
 @dataclass(frozen=True, eq=False)
 class Len:
     "Length of an axis whose positions carry labels"
@@ -127,7 +131,9 @@ class Len:
         for m in self.maps: keep &= ~gone[m].reshape(self.n, -1).all(1)
         return keep
     def new(self, gone)->int: return int(self.kept(gone).sum()) if self.maps else self.n
-    def part(self, a:int, b:int): return Len(b-a, tuple(m[a:b] for m in self.maps)) # from position `a` to `b`
+    def part(self, a:int, b:int): # from position `a` to `b`
+        a,b = int.__index__(a),int.__index__(b)
+        return Len(b-a, tuple(m[a:b] for m in self.maps))
 
 def value_of(expr,  # what a `Dim` remembers
              attrs, # (module path, name, place) -> value
@@ -186,14 +192,18 @@ class Test:
     "A comparison in the code, whose outcome must stay what it was"
     op:str; a:object; b:object; outcome:bool; site:str
 
-# %% ../../nbs/prune/05_labels.ipynb #286c443e
+# %% ../../nbs/prune/05_labels.ipynb #ecd1fd3c
 def model_paths(model)->dict: # module -> its path, the first if it has several
     "Paths of all modules"
     paths = {}
     for n,m in model.named_modules(): paths.setdefault(m, n)
     return paths
 
-def _memory(t): return (t.data_ptr(), t.shape, t.stride()) if t.device.type!='meta' and t.layout==torch.strided else None
+def _memory(t): return (t.data_ptr(), t.shape, t.stride()) if t.device.type!='meta' and t.layout==torch.strided and not is_functorch_wrapped_tensor(t) else None
+def _unwrapped(t):
+    "What `vmap` or `grad` wrapped"
+    while is_functorch_wrapped_tensor(t): t = get_unwrapped(t)
+    return t
 
 op_rules = Registry('op rule')
 
@@ -201,7 +211,7 @@ class Labeller(TorchFunctionMode):
     "Runs beside the model: for each tensor, which channel stands where"
     def __init__(self, model):
         super().__init__()
-        self.slots,self.labels,self.lifted,self.stack = Slots(),WeakTensorKeyDictionary(),WeakTensorKeyDictionary(),[]
+        self.slots,self.labels,self.lifted,self.made,self.stack = Slots(),WeakTensorKeyDictionary(),WeakTensorKeyDictionary(),WeakTensorKeyDictionary(),[]
         self.rules,self.tests,self.joint,self.marks,self.macs,self.attrs,self.derived = [],[],[],[],[],{},[]
         self.axes,self.unknown = {},Counter() # (tensor name, axis) -> its slots
         self.names,self.paths = {},model_paths(model)
@@ -218,6 +228,9 @@ class Labeller(TorchFunctionMode):
     def is_weight(self, t):
         "Is it a parameter or buffer, or a view of one?"
         return id(t) in self.names or t._is_view() and id(t._base) in self.names
+    def of_weights(self, t):
+        "Is it a weight, or made from weights alone?"
+        return self.is_weight(t) or t in self.made
     def dead(self, m): return bool((self.slots.why[compact(m).numpy()]>0).all())
     def canonical(self, m):
         c = compact(m)
@@ -238,7 +251,7 @@ class Labeller(TorchFunctionMode):
     def set(self, t, maps):
         if not isinstance(t, Tensor): return
         self.labels[t] = [self.canonical(m) for m in maps] if t.numel() else []
-        if self.labels[t] and t.device.type!='meta' and t.layout==torch.strided: self.memory[_memory(t)] = weakref.ref(t)
+        if self.labels[t] and (at := _memory(t)) is not None: self.memory[at] = weakref.ref(t)
     def len(self, t_or_maps, axis, n=None)->Len:
         maps = self.maps(t_or_maps) if isinstance(t_or_maps, Tensor) else t_or_maps
         n = t_or_maps.shape[axis] if n is None else n
@@ -364,8 +377,8 @@ def equal(self:Labeller, expr, length:Len, why=''):
     expr = expr_of(expr)
     if length.maps or not isinstance(expr, int): self.rules.append(Rule(expr, length, self.site, why))
 
-# %% ../../nbs/prune/05_labels.ipynb #4ee3d056
-_silent = set('''size shape dim ndim numel nelement stride is_contiguous device dtype layout requires_grad is_floating_point is_complex __len__ __hash__ item tolist is_nested is_sparse
+# %% ../../nbs/prune/05_labels.ipynb #4396f6fa
+_silent = set('''size shape dim ndim numel nelement stride is_contiguous device dtype layout requires_grad is_floating_point is_complex __len__ __hash__ item is_nested is_sparse
 is_quantized is_cuda is_meta is_mkldnn is_cpu is_mps is_xla grad grad_fn storage_offset data_ptr element_size get_device type __repr__ __format__ __bool__ __float__ __int__ __index__ is_inference __contains__ names has_names
 is_leaf output_nr _version retain_grad register_hook is_same_size equal allclose assert_async __dir__ __class__ __deepcopy__ is_grad_enabled set_grad_enabled _is_view is_conj is_neg is_xpu is_privateuseone is_vulkan is_ipu is_maia is_signed untyped_storage _base itemsize nbytes result_type can_cast promote_types finfo arange linspace tensor as_tensor scalar_tensor from_numpy meshgrid unique eye hann_window load randint randperm manual_seed'''.split())
 _strip = {f'{p}{n}': n for n in 'add sub mul div truediv floordiv pow mod matmul and or xor'.split() for p in ('i','r','')}
@@ -401,15 +414,21 @@ def handle(self:Labeller, func, args, kwargs):
             with self: return step(*args, **kwargs)
         finally: self.inside.pop()
     out = func(*args, **kwargs)
+    if name in ('tensor','as_tensor','scalar_tensor'): self.counted(args, kwargs)
     if name in _silent or raw in _silent or raw=='__set__' or not any(isinstance(t, Tensor) for t in tree_leaves((args, kwargs, out))): return out
     args,kwargs = _in_place(args, kwargs)
     tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    if any(map(is_functorch_wrapped_tensor, tensors)): # they lack the axes that it runs over
+        for m in [m for t in tensors for m in self.maps(_unwrapped(t))]: self.freeze(m, 'runs under vmap or grad of torch.func')
+        return out
+    if tensors and all(map(self.of_weights, tensors)): self.made.update((o, True) for o in tree_leaves(out) if isinstance(o, Tensor))
     rule = op_rules.get(name)
     if rule is None: unknown(self, func, args, kwargs, out)
     elif self._wanted(name, args, tensors, kwargs): self._apply(rule, func, args, kwargs, out)
+    elif name not in _sized: self.counted(args, kwargs) # a sum over channels, divided by their number
     return out
 
-_order = [('input','self','query','tensors'),('weight','other','mat2','vec2','key','mat1','batch1'),('value','mat2','batch2')]
+_order = [('input','self','query','tensors'),('mat1','batch1','mat','vec1','weight','other','mat2','vec2','key'),('value','mat2','batch2')]
 def _in_place(args, kwargs):
     "Tensors given by name, by place"
     for i,names in enumerate(_order):
@@ -466,6 +485,12 @@ def compare(self:Labeller, op, a, b, outcome):
     if not self.ruling and any(isinstance(o, Len) for o in leaves(a)+leaves(b)): self.tests.append(Test(op, a, b, outcome, self.site))
 
 @patch
+def counted(self:Labeller, *args):
+    "Numbers of channels among the arguments are computed with"
+    for d in tree_leaves(args):
+        if isinstance(d, Dim) and any(isinstance(o, Len) for o in leaves(d.expr)): self.computed(d)
+
+@patch
 def computed(self:Labeller, d)->int:
     "The code computes with a number: what depends on an attribute must stay; what is a count of channels changes as a statistic does"
     if not self.ruling:
@@ -486,7 +511,7 @@ def steppable(self:Labeller, func):
         self._steps[func] = twin
     return self._steps[func]
 
-# %% ../../nbs/prune/05_labels.ipynb #213875c3
+# %% ../../nbs/prune/05_labels.ipynb #6a98958f
 @contextmanager
 def as_it_was(model):
     "Attributes and buffers of all modules are put back at the end, whatever a forward pass does to them"
@@ -496,8 +521,9 @@ def as_it_was(model):
         for m,attrs,buffers in was:
             vars(m).clear()
             vars(m).update(attrs)
-            m._buffers.clear()
-            m._buffers.update({k: b for k,(b,_) in buffers.items()})
+            if not isinstance(m, torch.jit.ScriptModule): # whose buffers no Python code can exchange
+                m._buffers.clear()
+                m._buffers.update({k: b for k,(b,_) in buffers.items()})
             for b,old in buffers.values():
                 if b is not None and not b.equal(old): b.data.copy_(old)
 

@@ -7,7 +7,7 @@ __all__ = ['tensors_of', 'twin', 'check_fits', 'mask_', 'cut_', 'keep_books_', '
            'verify', 'fold_', 'suspects', 'proven', 'remove_', 'plan_of', 'remove', 'plan_from_masks', 'apply_given_',
            'speedup_', 'reestimate_norms_']
 
-# %% ../../nbs/prune/10_remove.ipynb #7aa891eb
+# %% ../../nbs/prune/10_remove.ipynb #1e6ade36
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +17,7 @@ from math import prod
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -253,7 +254,7 @@ def _constants(self:Restricted, func, args, kwargs, out):
         self.borders[path] = off
         out.sub_(brings).add_(at[:,0].view([-1 if a==axis%out.ndim else 1 for a in range(out.ndim)]))
 
-# %% ../../nbs/prune/10_remove.ipynb #fd0d629b
+# %% ../../nbs/prune/10_remove.ipynb #007f5209
 @dataclass
 class Check:
     "What the oracle found"
@@ -271,7 +272,7 @@ class Check:
 def _outputs(model, see):
     "`see(path, tensor)` for each tensor that a module without children returns, and for the model's own output"
     hooks = []
-    def hook(path): return lambda m,args,out: [see(path, t) for t in tensors_in(out) if t.is_floating_point()] and None
+    def hook(path): return lambda m,args,out: [see(path, t) for t in tensors_in(out) if t.is_floating_point() and not is_functorch_wrapped_tensor(t)] and None
     for n,m in model.named_modules():
         if (not n or not any(True for _ in m.children())) and not isinstance(m, torch.jit.ScriptModule): hooks.append(m.register_forward_hook(hook(n)))
     try: yield

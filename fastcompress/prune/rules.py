@@ -49,7 +49,7 @@ def label(model:nn.Module,
     if out is not None and not tensors_in(out): L.slots.freeze_(np.arange(len(L.slots)), f'no tensor was found in what the model returns ({type(out).__name__})')
     return L
 
-# %% ../../nbs/prune/06_rules.ipynb #d6819082
+# %% ../../nbs/prune/06_rules.ipynb #1b3d0603
 def aligned(L, t, nd):
     "Maps and shape of an operand, with leading axes of length 1"
     if not isinstance(t, Tensor): return [], (1,)*nd
@@ -80,7 +80,9 @@ _lift = {'sigmoid','hardsigmoid','exp','softplus','log_sigmoid','cos','ge','le',
 @op_rules(*'''contiguous clone detach to type type_as float half double bfloat16 int long bool cpu cuda alias dropout feature_dropout alpha_dropout dropout1d dropout2d positive
 zeros_like ones_like rand_like randn_like empty_like full_like tril triu requires_grad lift_fresh data resolve_conj conj real bernoulli fill zero'''.split())
 def same(L, func, args, kwargs, out):
-    if isinstance(out, Tensor): L.set(out, L.maps(args[0]))
+    if not isinstance(out, Tensor): return
+    L.set(out, L.maps(args[0]))
+    if args[0] in L.lifted: L.lifted[out] = True
 
 # %% ../../nbs/prune/06_rules.ipynb #bb406832
 def _on(func, m, args, kwargs):
@@ -213,7 +215,7 @@ def split(L, func, args, kwargs, out):
 
 def _flat_back(m, axis): return squash(m.flatten(axis, axis+1))
 
-# %% ../../nbs/prune/06_rules.ipynb #30541938
+# %% ../../nbs/prune/06_rules.ipynb #3ebfd1e8
 @op_rules('getitem')
 def getitem(L, func, args, kwargs, out):
     x,idx = args
@@ -250,6 +252,10 @@ def setitem(L, func, args, kwargs, out):
         if maps and not _whole(idx):
             for m in maps: L.freeze(m, 'is written to in places')
         return
+    def stays():
+        for a in range(x.ndim):
+            if _cuts(idx, a): L.fixed(x, a, 'it is written to in places')
+    stays() # what is there before, even where it is overwritten: its places count
     if not maps: maps = [torch.zeros((), dtype=torch.int64).expand(x.shape)]
     part = torch.empty(x.shape, device='meta')[idx]
     new,vm = maps[0].contiguous().clone(),[m.expand(part.shape) for m in L.meet(v, nd=part.ndim)]
@@ -258,8 +264,7 @@ def setitem(L, func, args, kwargs, out):
     m = squash(new)
     L.set(x, [m, *maps[1:]])
     L.joint.append((m, None))
-    for a in range(x.ndim):
-        if _cuts(idx, a): L.fixed(x, a, 'it is written to in places')
+    stays()
 
 def _parts(idx): return idx if isinstance(idx, tuple) else (idx,)
 def _whole(idx): return all(i is Ellipsis or isinstance(i, slice) and i==slice(None) for i in _parts(idx))
@@ -324,7 +329,7 @@ def spatial(L, func, args, kwargs, out):
     k = int(re.search(r'(\d)d', func.__name__)[1]) # avg_pool2d has two
     L.set(o, [m[(...,)+(slice(0,1),)*k].expand(o.shape) for m in L.local(L.maps(args[0]), range(-k, 0), 'is resized along its channels')])
 
-# %% ../../nbs/prune/06_rules.ipynb #deb730ca
+# %% ../../nbs/prune/06_rules.ipynb #cae4862a
 @op_rules(*'mean sum prod amax amin max min var std var_mean std_mean linalg_vector_norm logsumexp norm all any nansum'.split())
 def reduction(L, func, args, kwargs, out):
     x,name = args[0],func.__name__.strip('_')
@@ -332,7 +337,7 @@ def reduction(L, func, args, kwargs, out):
     dim = arg_of(args, kwargs, 2 if 'norm' in name else 1, 'dim', kwargs.get('axis'))
     if dim is None or dim==() or isinstance(dim, bool): dim = list(range(x.ndim))
     axes = [int(dim)%x.ndim] if isinstance(dim, int) else [int(d)%x.ndim for d in dim]
-    mark = None if name in ('sum','linalg_vector_norm','norm','nansum') and x not in L.lifted and not L.is_weight(x) else f'{name} over channels'
+    mark = None if name in ('sum','linalg_vector_norm','norm','nansum') and x not in L.lifted and not L.of_weights(x) else f'{name} over channels'
     res = L.reduce(L.maps(x), axes, mark)
     for o in out[:2] if isinstance(out, (tuple, list)) else (out,):
         keep = o.ndim==x.ndim
@@ -340,6 +345,7 @@ def reduction(L, func, args, kwargs, out):
 
 @op_rules('softmax','log_softmax','_softmax','logcumsumexp')
 def softmax(L, func, args, kwargs, out):
+    if L.of_weights(args[0]): L.marks += [(compact(m), f'{L.site}: softmax of weights'.lstrip(': ')) for m in L.maps(args[0])] # of zeros it isn't zero
     L.set(out, L.reduce(L.maps(args[0]), [arg_of(args, kwargs, 1, 'dim')], 'softmax over channels', keep=True))
 
 # %% ../../nbs/prune/06_rules.ipynb #a77cb008
