@@ -25,7 +25,8 @@ class ChannelsLast(nn.Module):
     def forward(self, x): return self.m(x.contiguous(memory_format=torch.channels_last))
 
 def frozen(m, x):
-    with torch.no_grad(): return torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(copy.deepcopy(m), x)))
+    with torch.no_grad(): run = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(copy.deepcopy(m), x)))
+    return lambda x: run(x)
 
 FORMS = {'eager': lambda m,x: m, 'channels_last': lambda m,x: ChannelsLast(m), 'frozen': frozen}
 
