@@ -403,7 +403,7 @@ def test_what_cannot_be_saved(tmp_path):
     refuses("arch made a dict, not a model", model, p, arch=dict)
     refuses('the whole is a ResNet here, a Linear there', model, p, arch=lambda: nn.Linear(1, 1))
     simulate_(model, torch.randn(1, 3, 32, 32))
-    refuses('release_', model, p)
+    refuses('have no ranges yet', model, p)
     assert p.read_bytes() == b'precious' and [f.name for f in tmp_path.iterdir()] == ['old']
 
 
@@ -606,7 +606,7 @@ FORGED = dict(
     lacks=(_drop('aliases'), 'malformed entries: aliases'),
     unknown=(_set(['code'], 'import os'), 'malformed entries: code'),
     wrong_type=(_set(['tensors_'], 1), 'malformed entries: tensors_'),
-    section=(_set(['sections'], dict(quantizers={})), "can't read: quantizers. Update fastcompress"),
+    section=(_set(['sections'], dict(codebooks={})), "can't read: codebooks. Update fastcompress"),
     order=(_set(['order'], 'factors, channels'), "can't read: factors, channels"),
     alias_to_nothing=(_set(['aliases'], {'x.weight': '../../etc/passwd'}), "tensors that don't exist: 'x.weight'"),
     alias_of_a_tensor=(_set(['aliases'], {'a.bias': 'stem.bias'}), "tensors that don't exist: 'a.bias'"),

@@ -114,7 +114,7 @@ def _drop_empty(m):
         _drop_empty(c)
         if not (c._parameters or c._buffers or c._modules): del m._modules[k]
 
-# %% ../../nbs/deploy/00_capture.ipynb #4a6ed745
+# %% ../../nbs/deploy/00_capture.ipynb #b692201c
 def _export(model, args, dynamic):
     shapes = tuple({0:torch.export.Dim.DYNAMIC} if isinstance(o, Tensor) and o.ndim else None for o in args) if dynamic else None
     args = tuple(o.clone() if isinstance(o, Tensor) else o for o in args) # export leaves marks on the tensors it is given
@@ -130,7 +130,7 @@ def capture(model:nn.Module,          # float, or simulated and calibrated
     wide = tuple(torch.cat([o, o]) if isinstance(o, Tensor) and o.ndim and len(o)==1 else o for o in args) if dynamic_batch else args
     if sim is not None:
         for q in sim.quantizers.values():
-            if not q.is_weight: q.shipped = q.scale.item(),int(q.zero_point)
+            q.to_ship_()
     with eval_mode(model):
         mode = sim_mode(model, 'ship') if sim is not None and sim.mode!='off' else eval_mode()
         with mode:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['order', 'version', 'each_once', 'stored', 'digest', 'check_storable', 'check_arch', 'timm_arch', 'NoInit',
-           'make_timm', 'resolve_arch', 'stages', 'check_plan', 'replay_', 'build', 'passing', 'difference',
-           'save_compressed', 'Contents', 'contents_text', 'describe_compressed', 'check_tensors', 'fill_',
-           'load_compressed']
+           'make_timm', 'resolve_arch', 'stages', 'check_plan', 'replay_', 'build', 'passing', 'difference', 'at_rest',
+           'check_quantizers', 'save_compressed', 'Contents', 'contents_text', 'describe_compressed', 'check_tensors',
+           'fill_', 'load_compressed']
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #3844497d
+# %% ../../nbs/deploy/05_checkpoint.ipynb #43f32502
 import copy,hashlib,json,re,warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -28,7 +28,9 @@ from .. import __version__
 from ..core import atomic_file, fork_rng, near, plain
 from ..prune.plan import Plan, plan_from_json, plan_to_json
 from ..prune.remove import check_fits, cut_, plan_of, tensors_of
-from ..quantize.simulate import simulation
+from ..quantize.affine import dequantize, fake_quant, quantize
+from ..quantize.pack import describe, grid_bits, grid_of, pack, packed_bytes, unpack
+from ..quantize.simulate import Dynamic, attach_, simulation, simulation_from_dict, simulation_to_dict
 
 # %% ../../nbs/deploy/05_checkpoint.ipynb #90d15ae9
 def each_once(model:nn.Module,
@@ -54,7 +56,7 @@ def digest(t:Tensor, # as `stored` gives it
     h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #c183e040
+# %% ../../nbs/deploy/05_checkpoint.ipynb #3495745f
 def _unfit_tensor(t)->str: # why, or ''
     if torch.nn.parameter.is_lazy(t): return 'has no shape yet; run the model once'
     if t.is_meta: return 'has no values (meta device)'
@@ -65,7 +67,7 @@ def check_storable(model):
     if not isinstance(model, nn.Module): raise ValueError(f"expected a model, got {type(model).__name__}." + (' Of a Learner, give learn.model.' if isinstance(getattr(model, 'model', None), nn.Module) else ''))
     if isinstance(model, (DataParallel, DistributedDataParallel)): raise ValueError(f"the model is wrapped in {type(model).__name__}: give model.module.")
     if hasattr(model, '_orig_mod'): raise ValueError("the model is wrapped by torch.compile: give model._orig_mod.")
-    if simulation(model) is not None: raise ValueError("the model simulates quantization, and this file has no place for quantizers. release_(model) takes them off; export_mobile writes them.")
+    if (sim := simulation(model)) is not None and not sim.calibrated: raise ValueError("the model carries quantizers that have no ranges yet. calibrate_(model, batches) finds them, release_(model) takes them off.")
     for n,m in model.named_modules():
         if any(isinstance(o, torch.ScriptObject) for o in vars(m).values()): raise ValueError(f"{n or 'the model'} holds packed integer weights, which aren't tensors. export_mobile writes integer models.")
         if type(m).get_extra_state is not nn.Module.get_extra_state: raise ValueError(f"{n or 'the model'} ({type(m).__name__}) keeps state beyond tensors (get_extra_state), which this file can't hold. register_buffer can.")
@@ -167,7 +169,7 @@ def check_plan(plan:Plan):
     need(all(isinstance(o, list) for o in plan.marks.values()), 'marks holds more than lists')
     need(all(isinstance(n, str) for n in plan.biases), 'biases are no names')
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #ea59a147
+# %% ../../nbs/deploy/05_checkpoint.ipynb #a3f14829
 def _may_become(was, v)->bool: # v: number, or {place in a list: number}
     if not isinstance(v, dict): return _whole(was) and _whole(v)
     return isinstance(was, (list, tuple)) and all(str(i).isdecimal() and int(i)<len(was) and _whole(was[int(i)]) and _whole(n) for i,n in v.items())
@@ -197,12 +199,14 @@ def replay_(model:nn.Module, # as its code made it
         except Exception as e: raise ValueError(f"the plan can't be carried out on {type(model).__name__}: {type(e).__name__}: {e}") from e
     return model
 
-def build(make,plan)->tuple: # model, number of its parameters before
+def build(make, plan, quantizers=None)->tuple: # model, number of its parameters before
     "The model that `make` makes, with the shapes that `plan` leaves. The random state outside stays as it was"
     with fork_rng(): model = make()
     if not isinstance(model, nn.Module): raise ValueError(f"arch made a {type(model).__name__}, not a model.")
     n = sum(p.numel() for p in model.parameters())
-    return (model if plan is None else replay_(model, plan)), n
+    if plan is not None: replay_(model, plan)
+    if quantizers is not None: attach_(model, simulation_from_dict(quantizers['simulation']))
+    return model, n
 
 # %% ../../nbs/deploy/05_checkpoint.ipynb #b16781d7
 _training_only = set('training p drop_prob drop_rate drop_path_rate attn_drop proj_drop momentum inplace scale_by_keep grad_checkpointing'.split())
@@ -237,6 +241,72 @@ def difference(model, built)->str: # '' if there is none
 
 def _kind(m): return 'missing' if m is None else f'a {type(m).__name__}'
 
+# %% ../../nbs/deploy/05_checkpoint.ipynb #ab720458
+_ints = '::integers'
+
+def _rounded(model, sim)->dict: # parameter -> key of its quantizer
+    "Weights whose integers can stand for them"
+    params,out,left = dict(model.named_parameters(remove_duplicate=False)),{},set()
+    names = {id(p): n for n,p in model.named_parameters()}
+    for key,w in sim.placement.weights.items():
+        if w.param is None or w.param not in params: continue
+        n,q = names[id(params[w.param])],sim[key]
+        if params[n].dtype!=torch.float32 or n in out and not (torch.equal(q.scale, sim[out[n]].scale) and q.bits==sim[out[n]].bits): left.add(n)
+        out[n] = key
+    return {n: k for n,k in out.items() if n not in left}
+
+@torch.no_grad()
+def at_rest(model)->tuple: # model, what to write down of its quantizers
+    "`model`; if it is quantized a copy with rounded weights, and none of what only training needs"
+    if simulation(model) is None: return model, None
+    model = copy.deepcopy(model)
+    sim = simulation(model)
+    for q in sim.quantizers.values():
+        q.how = q.how if isinstance(q.how, Dynamic) else None
+        q.watching = q.shipped = None
+        scale,q.scale = q.scale.detach(),None
+        del q.scale
+        q.register_buffer('scale', scale)
+    where,packed = {id(t): n for n,t in tensors_of(model).items()},{}
+    for n,key in _rounded(model, sim).items():
+        p,q = model.get_parameter(n),sim[key]
+        p.copy_(fake_quant(p, q.qparams))
+        packed[n] = dict(grid=describe(q.qparams), shape=list(p.shape), scale=where[id(q.scale)])
+    return model, dict(simulation=simulation_to_dict(sim), packed=packed)
+
+def _packed(named, quantizers)->dict:
+    "Tensors with integers in place of the weights that they stand for"
+    if quantizers is None: return named
+    def one(n, t):
+        d = quantizers['packed'].get(n)
+        if d is None: return n, t
+        qp = grid_of(d['grid'], named[d['scale']])
+        return n+_ints, pack(quantize(t, qp), grid_bits(qp), True)
+    return dict(one(n, t) for n,t in named.items())
+
+def _grid(d): return grid_of(d['grid'], torch.ones(()))
+
+def check_quantizers(d, path):
+    "`ValueError` if `d` describes no quantizers"
+    if d is None: return
+    try:
+        if set(d)!={'simulation','packed'}: raise ValueError(f"entries {sorted(d)}")
+        simulation_from_dict(d['simulation'])
+        for n,o in d['packed'].items():
+            if not isinstance(n, str) or set(o)!={'grid','shape','scale'} or not _wholes(o['shape']) or min(o['shape'], default=1)<0 or not isinstance(o['scale'], str): raise ValueError(f"the integers of {n!r}")
+            _grid(o)
+    except (ValueError, TypeError, AttributeError, KeyError) as e: raise ValueError(f"{path}: its header has malformed quantizers: {e}") from None
+
+def _unpacked(tensors, quantizers, path)->dict:
+    "Tensors with the weights that integers stand for"
+    for n,d in (quantizers or {}).get('packed', {}).items():
+        if n+_ints not in tensors or d['scale'] not in tensors: raise ValueError(f"{path}: the integers or the scale of {n!r} are missing.")
+        try:
+            qp = grid_of(d['grid'], tensors[d['scale']])
+            tensors[n] = dequantize(unpack(tensors.pop(n+_ints), grid_bits(qp), tuple(d['shape']), True), qp)
+        except (ValueError, RuntimeError) as e: raise ValueError(f"{path}: the integers of {n!r} can't be read: {e}") from None
+    return tensors
+
 # %% ../../nbs/deploy/05_checkpoint.ipynb #237e745e
 version = 1 # of the format
 
@@ -250,15 +320,15 @@ def _json(d, what)->str:
 
 def _sealed(head)->str: return _json({**head, 'sha256': hashlib.sha256(_json(head, 'the header').encode()).hexdigest()}, 'the header')
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #d8bf732b
-def _verified(model, plan, arch)->tuple: # what to write down of `arch`, parameters before
+# %% ../../nbs/deploy/05_checkpoint.ipynb #bacbce45
+def _verified(model, plan, arch, quantizers)->tuple: # what to write down of `arch`, parameters before
     "Make the model anew and compare; `ValueError` if that isn't `model`"
     arch = timm_arch(model) if arch is None else arch
     if arch is None: return None, None
     how = "Give arch=(name, kwargs), or arch=f, a function without arguments that makes the model as it was before anything was removed. The loader must then be given f, too."
     try:
         record,make = resolve_arch(arch)
-        built,n = build(make, plan)
+        built,n = build(make, plan, quantizers)
     except ValueError as e: raise ValueError(f"this model can't be made again: {e} {how}") from e
     if diff := difference(model, built): raise ValueError(f"{'timm.create_model'+str(record) if record else 'arch'} with the plan doesn't give this model: {diff}. {how}")
     return record, n
@@ -272,25 +342,26 @@ def _distinct(tensors)->dict:
         seen.add(t.untyped_storage().data_ptr())
     return out
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #833eaac0
+# %% ../../nbs/deploy/05_checkpoint.ipynb #377217f9
 def save_compressed(model:nn.Module,
                     path,      # file to create or replace
                     arch=None, # what makes the model as it was before: timm name; (name, kwargs); or f() -> model, which is compared and not written down. None: read from a timm model; of others nothing is written down
                     **meta,    # kept with it: numbers, words, lists and dictionaries of them
                    )->Path:
-    "Write `model` as safetensors: parameters, buffers, and the plan that made it small"
+    "Write `model` as safetensors: parameters, buffers, the plan that made it small, and quantizers with the integers of the weights they round"
     check_storable(model)
     plan = plan_of(model)
     if plan is not None:
         _json(asdict(plan), 'the plan')
         plan = plan_from_json(json.dumps(asdict(plan), default=_json_item))
         check_plan(plan)
-    record,before = _verified(model, plan, arch)
+    model,quantizers = at_rest(model)
+    record,before = _verified(model, plan, arch, quantizers)
     named,aliases = each_once(model)
-    tensors = _distinct(named)
+    tensors = _distinct(_packed(named, quantizers))
     head = dict(format=version, made_with=_versions(), model=f'{type(model).__module__}.{type(model).__qualname__}', arch=record and dict(name=record[0], kwargs=record[1]),
                 plan=plan and asdict(plan), order=order, params=before, tensors={n: digest(t) for n,t in tensors.items()}, aliases=aliases,
-                complex=[n for n,t in named.items() if t.dtype==torch.complex128], buffers=_buffers(model), meta=json.loads(_json(meta, 'meta')), sections={})
+                complex=[n for n,t in named.items() if t.dtype==torch.complex128], buffers=_buffers(model), meta=json.loads(_json(meta, 'meta')), sections=quantizers and dict(quantizers=quantizers) or {})
     with atomic_file(path) as tmp:
         try: save_file(tensors, tmp, dict(fastcompress=_sealed(head)))
         except KeyError as e: raise ValueError(f"safetensors has no type {e}.") from None
@@ -300,7 +371,7 @@ def _versions():
     import timm
     return dict(fastcompress=__version__, torch=torch.__version__, timm=timm.__version__)
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #3f49a2fd
+# %% ../../nbs/deploy/05_checkpoint.ipynb #b8bc4f3d
 def _refuse_pickle(path):
     with open(path, 'rb') as f: start = f.read(9)
     if start[:4]==b'PK\x03\x04' or (start[:1]==b'\x80' and start[8:]!=b'{'): # safetensors: the length of the header, then JSON
@@ -318,7 +389,8 @@ def _checked_head(text, path)->dict:
     seal = head.pop('sha256', None)
     if seal!=hashlib.sha256(_json(head, 'the header').encode()).hexdigest(): raise ValueError(f"{path}: its header was changed after it was written (SHA-256 differs).")
     if wrong := [k for k in {*_fields, *head} if k not in head or k not in _fields or not isinstance(head[k], _fields[k])]: raise ValueError(f"{path}: its header has unknown, missing or malformed entries: {', '.join(sorted(wrong))}.")
-    if head['sections'] or head['order']!=order: raise ValueError(f"{path} holds what this version of fastcompress ({__version__}) can't read: {', '.join(head['sections']) or head['order']}. Update fastcompress.")
+    if set(head['sections'])-{'quantizers'} or head['order']!=order: raise ValueError(f"{path} holds what this version of fastcompress ({__version__}) can't read: {', '.join(set(head['sections'])-{'quantizers'}) or head['order']}. Update fastcompress.")
+    check_quantizers(head['sections'].get('quantizers'), path)
     return head
 
 # %% ../../nbs/deploy/05_checkpoint.ipynb #c7e243e9
@@ -349,7 +421,7 @@ def _some(names, most=4):
     names = sorted(map(str, names))
     return ', '.join(map(repr, names[:most])) + (f' and {len(names)-most} more' if len(names)>most else '')
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #25c06525
+# %% ../../nbs/deploy/05_checkpoint.ipynb #60043720
 @dataclass
 class Contents:
     "What a compressed file holds"
@@ -363,6 +435,7 @@ class Contents:
     params:int         # numbers in parameters
     params_before:int|None # before anything was removed, if the code was there to count
     meta:dict          # what was kept with it
+    weights:dict       # name -> (bits, numbers) of weights kept as integers
     made_with:dict     # versions
 
     @property
@@ -376,7 +449,7 @@ class Contents:
     @property
     def notes(self)->dict: return {} if self.plan is None else self.plan.notes
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #f00abbc4
+# %% ../../nbs/deploy/05_checkpoint.ipynb #08aff0a8
 def _brief(d, most=6): return ', '.join(f'{k}={v if len(str(v))<40 else str(v)[:36]+"..."}' for k,v in list(d.items())[:most]) + (', ...' if len(d)>most else '')
 
 def _plan_rows(c):
@@ -390,6 +463,13 @@ def _plan_rows(c):
     rows += [f'{n}: {why}' for n,why in list(p.notes.items())[:4]]
     return rows + ([f'{len(p.marks)} changes and {len(p.notes)} notes in all, see .marks and .notes'] if max(len(p.marks), len(p.notes))>4 else [])
 
+def _quantized_rows(c):
+    if not c.weights: return []
+    by = {}
+    for bits,n in c.weights.values(): by[bits] = by.get(bits, 0)+n
+    rows = [f"{n:,} weights of {bits} bits: {packed_bytes(n, bits)/1000:,.1f} kB, as float32 {4*n/1000:,.1f}" for bits,n in sorted(by.items())]
+    return rows + (['fewer than 8 bits save memory, not time: the integer engines compute with bytes'] if min(by)<8 else [])
+
 def contents_text(c:Contents)->str:
     "A few lines for people"
     types = {}
@@ -397,7 +477,7 @@ def contents_text(c:Contents)->str:
     made = f"{c.arch['name']}({_brief(c.arch['kwargs'])})" if c.arch else f'{c.model}, whose code the loader must give'
     was = f' of {c.params_before:,}' if c.params_before is not None else ''
     rows = [f'{c.params:,}{was} parameters; {len(c.tensors)} tensors ({", ".join(f"{n} {t}" for t,n in types.items())}), {c.bytes/1000:,.1f} kB', *_plan_rows(c)]
-    return '\n'.join([made, *(f'  {r}' for r in rows + ([f'meta: {_brief(c.meta)}'] if c.meta else []))])
+    return '\n'.join([made, *(f'  {r}' for r in rows + _quantized_rows(c) + ([f'meta: {_brief(c.meta)}'] if c.meta else []))])
 
 Contents.__repr__ = contents_text
 
@@ -407,10 +487,12 @@ def describe_compressed(path)->Contents: # shows itself as text; all of it is in
     with f:
         slices = {n: f.get_slice(n) for n in head['tensors']}
         tensors = {n: (s.get_dtype(), tuple(s.get_shape())) for n,s in slices.items()}
-    n = sum(prod(tensors[k][1]) for k in tensors if k not in head['buffers'])
-    return Contents(str(path), Path(path).stat().st_size, head['model'], head['arch'], plan, tensors, head['aliases'], n, head['params'], head['meta'], head['made_with'])
+    ints = head['sections'].get('quantizers', {}).get('packed', {})
+    n = sum(prod(tensors[k][1]) for k in tensors if k not in head['buffers'] and not k.endswith(_ints)) + sum(prod(d['shape']) for d in ints.values())
+    return Contents(str(path), Path(path).stat().st_size, head['model'], head['arch'], plan, tensors, head['aliases'], n, head['params'], head['meta'],
+                    {k: (grid_bits(_grid(d)), prod(d['shape'])) for k,d in ints.items()}, head['made_with'])
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #37fd6456
+# %% ../../nbs/deploy/05_checkpoint.ipynb #16ef9212
 def _read(f, head, path)->dict: # name -> tensor
     "Tensors, each compared with its checksum"
     out = {}
@@ -419,7 +501,7 @@ def _read(f, head, path)->dict: # name -> tensor
         if digest(t)!=want: raise ValueError(f"{path}: {n!r} was damaged after it was written (SHA-256 differs).")
         if n in head['complex'] and not (t.dtype==torch.float64 and t.shape[-1:]==(2,)): raise ValueError(f"{path}: {n!r} should be complex, and holds no pairs.")
         out[n] = torch.view_as_complex(t) if n in head['complex'] else t
-    return out
+    return _unpacked(out, head['sections'].get('quantizers'), path)
 
 def check_tensors(model, tensors, head, strict, path)->list: # names to fill
     "`ValueError` if `model` hasn't the tensors of the file"
@@ -460,7 +542,7 @@ def _object_for(o, t, taken):
     o.data = t
     return o
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #9d20c0b5
+# %% ../../nbs/deploy/05_checkpoint.ipynb #00e8dd81
 def load_compressed(path,
                     arch=None,          # what makes the model as it was before: timm name; (name, kwargs); f() -> model; or a model, which is copied. None: what the file says
                     map_location='cpu', # device of the model
@@ -472,7 +554,7 @@ def load_compressed(path,
     with f: tensors = _read(f, head, path)
     if arch is None and head['arch'] is None: raise ValueError(f"{path} holds a {head['model']}, which timm didn't make: give arch=f, a function without arguments that makes it as it was before anything was removed.")
     _,make = resolve_arch((head['arch']['name'], head['arch']['kwargs']) if arch is None else arch, init=not strict)
-    try: model,_ = build(make, plan)
+    try: model,_ = build(make, plan, head['sections'].get('quantizers'))
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
     fill_(model, check_tensors(model, tensors, head, strict, path), tensors, head['aliases'])
     if plan is not None: model.fastcompress_plan = plan
