@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import Registry, as_args, call, eval_mode, near
 
-# %% ../../nbs/quantize/02_place.ipynb #6174bd2d
+# %% ../../nbs/quantize/02_place.ipynb #7fb29bb5
 _aliases = {'iadd':'add', 'radd':'add', 'imul':'mul', 'rmul':'mul', 'multiply':'mul', 'isub':'sub', 'subtract':'sub', 'clip':'clamp', 'truediv':'div', 'itruediv':'div', 'divide':'div', 'true_divide':'div',
             'relu6_':'relu6', 'concat':'cat', 'concatenate':'cat', 'swapaxes':'transpose', 'swapdims':'transpose', 'imatmul':'matmul', 'rmatmul':'matmul', 'mm':'matmul',
             'moveaxis':'movedim', 'upsample':'interpolate', 'split_with_sizes':'split', 'special_expit':'sigmoid'}
@@ -45,16 +45,19 @@ def _placed(op, args, kwargs):
 
 class OpMode(TorchFunctionMode):
     "Calls `on_op(site, op, func, args, kwargs)` for every torch function of a forward pass of `model`"
-    def __init__(self, model:nn.Module, on_op):
+    def __init__(self, model:nn.Module, on_op, paths:dict=None):
         super().__init__()
-        # torch.export hands out stand-ins of modules that share the original's `__dict__`
-        self.paths = {id(m.__dict__):n for n,m in model.named_modules()}
-        self.on_op,self.stack,self.counts = on_op,[''],{}
+        self.model,self.paths,self.on_op,self.stack,self.counts = model,{} if paths is None else paths,on_op,[''],{}
 
     def __enter__(self):
-        self.handles = [register_module_forward_pre_hook(lambda m,args: self.stack.append(self.paths.get(id(m.__dict__), self.stack[-1]))),
+        self.handles = [register_module_forward_pre_hook(lambda m,args: self.stack.append(self._path(m))),
                         register_module_forward_hook(lambda m,args,out: self._leave(), always_call=True)]
         return super().__enter__()
+
+    def _path(self, m)->str:
+        # torch.export hands out stand-ins of modules that share the original's `__dict__`; kept here, so that its id stays its own
+        if id(m.__dict__) not in self.paths: self.paths.update({id(o.__dict__): (n, o.__dict__) for n,o in self.model.named_modules()})
+        return self.paths.get(id(m.__dict__), (self.stack[-1],))[0]
 
     def _leave(self):
         if len(self.stack)>1: self.stack.pop() # the outermost module was entered before the mode was

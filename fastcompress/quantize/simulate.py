@@ -132,7 +132,7 @@ class Dynamic(nn.Module):
         lo,hi = torch.aminmax(x.detach())
         return fake_quant(x, affine_qparams(lo, hi, bits=q.bits))
 
-# %% ../../nbs/quantize/02_simulate.ipynb #3791cccc
+# %% ../../nbs/quantize/02_simulate.ipynb #0de6786c
 def _wide(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 def widths(bits,          # a width, or {layer name, glob or key: width}; None is the profile's
@@ -164,7 +164,7 @@ class Simulation(nn.Module):
                  weight_observer='mse', # of weights
                 ):
         super().__init__()
-        self.placement,self.profile,self.mode,self.active,self.probe,self.calibrated,self.held = placement,profile,'off',[],None,False,{}
+        self.placement,self.profile,self.mode,self.active,self.probe,self.calibrated,self.held,self.paths = placement,profile,'off',[],None,False,{},{}
         a = widths(a_bits, placement.acts, placement.layers, profile.a_bits, profile, 'a_bits')
         w = widths(w_bits, placement.weights, placement.layers, profile.w_bits, profile, 'w_bits')
         qs = [Quantizer(k, a[k], None, observer, placement.fixed.get(k)) for k in placement.acts] + [Quantizer(k, w[k], o, weight_observer) for k,o in placement.weights.items()]
@@ -175,13 +175,15 @@ class Simulation(nn.Module):
 
     def _enter(self, model, args):
         if self.mode=='off' and self.probe is None: return
-        mode = OpMode(model, self._on_op)
+        mode = OpMode(model, self._on_op, self.paths)
         mode.__enter__()
         self.active.append(mode)
 
     def _leave(self, model, args, out):
         if self.active: self.active.pop().__exit__(None, None, None)
         self.held.clear()
+
+    def __getstate__(self): return {**self.__dict__, 'active': [], 'held': {}, 'paths': {}} # a copy has modules of its own
 
     def _q(self, key, x): return x if self.mode=='off' else getattr(self[key], self.mode)(x)
 
