@@ -6,7 +6,7 @@
 __all__ = ['Quantizer', 'Dynamic', 'widths', 'Simulation', 'simulation', 'release_', 'simulate_', 'simulation_to_dict',
            'simulation_from_dict', 'attach_', 'sim_mode', 'calibrate_', 'site_sqnr']
 
-# %% ../../nbs/quantize/02_simulate.ipynb #a5fe5958
+# %% ../../nbs/quantize/02_simulate.ipynb #019e20d5
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -17,7 +17,7 @@ from ..core import as_args, call, eval_mode, near, progress
 from ..measure.quality import sqnr
 from .affine import QParams, affine_qparams, dequantize, fake_quant, int_range, quantize
 from .observe import observers, weight_qparams
-from .place import OpMode, Placement, Profile, _placed, _tensors, place, placement_from_dict, placement_to_dict, profiles, record
+from .place import OpMode, Paths, Placement, Profile, _placed, _tensors, place, placement_from_dict, placement_to_dict, profiles, record
 
 # %% ../../nbs/quantize/02_simulate.ipynb #b3c375aa
 def _per_tensor(scale, zero_point, qmin=0, qmax=255):
@@ -132,7 +132,7 @@ class Dynamic(nn.Module):
         lo,hi = torch.aminmax(x.detach())
         return fake_quant(x, affine_qparams(lo, hi, bits=q.bits))
 
-# %% ../../nbs/quantize/02_simulate.ipynb #0de6786c
+# %% ../../nbs/quantize/02_simulate.ipynb #2ffdc1a7
 def _wide(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 def widths(bits,          # a width, or {layer name, glob or key: width}; None is the profile's
@@ -164,7 +164,7 @@ class Simulation(nn.Module):
                  weight_observer='mse', # of weights
                 ):
         super().__init__()
-        self.placement,self.profile,self.mode,self.active,self.probe,self.calibrated,self.held,self.paths = placement,profile,'off',[],None,False,{},{}
+        self.placement,self.profile,self.mode,self.active,self.probe,self.calibrated,self.held,self.paths = placement,profile,'off',[],None,False,{},Paths()
         a = widths(a_bits, placement.acts, placement.layers, profile.a_bits, profile, 'a_bits')
         w = widths(w_bits, placement.weights, placement.layers, profile.w_bits, profile, 'w_bits')
         qs = [Quantizer(k, a[k], None, observer, placement.fixed.get(k)) for k in placement.acts] + [Quantizer(k, w[k], o, weight_observer) for k,o in placement.weights.items()]
@@ -183,7 +183,7 @@ class Simulation(nn.Module):
         if self.active: self.active.pop().__exit__(None, None, None)
         self.held.clear()
 
-    def __getstate__(self): return {**self.__dict__, 'active': [], 'held': {}, 'paths': {}} # a copy has modules of its own
+    def __getstate__(self): return {**self.__dict__, 'active': [], 'held': {}, 'paths': Paths()} # a copy has modules of its own
 
     def _q(self, key, x): return x if self.mode=='off' else getattr(self[key], self.mode)(x)
 
