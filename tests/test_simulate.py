@@ -205,6 +205,16 @@ def test_weight_only_and_dynamic():
     from fastcompress.deploy.lower import to_integer
     with pytest.raises(ValueError, match="mode='static'"): to_integer(n, x)
 
+def test_weight_only_of_several_inputs():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = nn.Linear(4, 8),nn.Linear(3, 8)
+        def forward(self, x, y): return self.a(x)*self.b(y)
+    for mode in ('weight_only','dynamic'):
+        net,x = Two(),(torch.randn(5, 4), torch.randn(5, 3))
+        with torch.no_grad(): want = net(*x)
+        simulate_(net, x, mode=mode)
+        with torch.no_grad(): assert float(sqnr(want, net(*x)))>25
+
 def test_site_sqnr_names_every_site():
     net,x = ready()
     assert set(site_sqnr(net, x))=={n for n,s in simulation(net).placement.spots.items() if s.output}

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['calibration_dl', 'training_batches', 'calibration_batches', 'PTQCallback', 'preprocessing']
 
-# %% ../../nbs/callback/01_quantize.ipynb #9f4e4331
+# %% ../../nbs/callback/01_quantize.ipynb #3a7cf4c6
 import copy,random
+from inspect import signature
+from weakref import WeakKeyDictionary
 
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -14,11 +16,17 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.vision.augment import RandomResizedCrop, Resize
 from fastcore.basics import patch
+from fastcore.meta import delegates
+import torch
 from torch import Tensor
 
-from ..core import as_args, fork_rng
+from .hold import bare
+from ..core import as_args, fork_rng, near
 from ..deploy.mobile import ExportReport, export_mobile
-from ..quantize.simulate import Simulation, calibrate_, release_, simulate_, simulation
+from ..prune.remove import reestimate_norms_
+from ..quantize.repair import Repaired, _to_model
+from ..quantize.search import ptq_, set_aside
+from ..quantize.simulate import Simulation, release_, simulate_, simulation
 
 # %% ../../nbs/callback/01_quantize.ipynb #1d007730
 def calibration_dl(dls:DataLoaders,
@@ -49,41 +57,104 @@ def calibration_batches(dls:DataLoaders,
     if not out: raise ValueError("no calibration data: the training loader gave no batch. Ranges of activations come from real inputs.")
     return out
 
-# %% ../../nbs/callback/01_quantize.ipynb #a56dad80
-@patch
-def quantize(self:Learner,
-             w_bits:int=8,           # width of weights, 2 to 16; files for phones need 8
-             a_bits:int=8,           # width of activations, 2 to 16; files for phones need 8
-             observer='histogram',   # how ranges of activations are found: 'histogram', 'minmax' or a class
-             n_batches:int=16,       # batches of training data used for calibration
-             weight_observer='mse',  # how ranges of weights are found: 'mse', 'minmax' or a function
-             profile='qnnpack',      # engine whose roundings are simulated
-            )->Simulation:
-    "Static post-training quantization, calibrated from the training data; `dequantize` takes it back"
-    batches = calibration_batches(self.dls, n_batches)
-    x = tuple(o.to(next(self.model.parameters()).device) if isinstance(o, Tensor) else o for o in batches[0])
-    simulate_(self.model, x, profile, w_bits, a_bits, observer, weight_observer)
-    return calibrate_(self.model, batches, n_batches, self.dls.n_inp, show=not _silent(self))
+# %% ../../nbs/callback/01_quantize.ipynb #499c3511
+_originals = WeakKeyDictionary() # model -> (tensors before a repair, the same after it)
+
+def _unrepair_(model)->dict:
+    "Put back what a repair changed, if it is still as the repair left it; what was there instead"
+    before,after = _originals.pop(model, ({}, {}))
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if not all(n in now and now[n].shape==t.shape and torch.equal(now[n].detach(), t.to(now[n].device)) for n,t in after.items()): return {}
+    Repaired(before=before).restore(model)
+    return after
+
+def _given(learn, dl, n_batches):
+    "Batches of inputs from `dl`, or from the training data"
+    if dl is None: return calibration_batches(learn.dls, n_batches)
+    out = [as_args(b)[:learn.dls.n_inp] for b,_ in zip(dl, range(n_batches))]
+    if not out: raise ValueError("no calibration data: `dl` gave no batch.")
+    return out
 
 def _silent(learn)->bool:
     "Has the user switched the bars off (`learn.no_bar()`)?"
     return 'progress' not in learn.cbs.attrgot('name')
 
-# %% ../../nbs/callback/01_quantize.ipynb #f3381516
+# %% ../../nbs/callback/01_quantize.ipynb #79665776
+@patch
+def quantize(self:Learner,
+             w_bits=None,            # width of weights, 2 to 16, or {layer name or glob: width}; None is the profile's: files for phones need 8
+             a_bits=None,            # width of activations, the same
+             observer='histogram',   # how ranges of activations are found: 'histogram', 'minmax', another name in `observers` or a class
+             n_batches:int=16,       # batches of training data used for calibration and repairs
+             weight_observer='mse',  # how ranges of weights are found: 'mse', 'minmax' or a function
+             profile='qnnpack',      # engine whose roundings are simulated
+             mode:str='static',      # 'static': ranges of activations from calibration; 'dynamic': each batch's own; 'weight_only'
+             per_channel:bool=True,  # a scale for each output channel of a weight, or one for all
+             equalize:bool=False,    # cross-layer equalisation first, see `equalise_`
+             absorb:bool=False,      # large biases into the next layer, see `absorb_bias_`
+             bias_correct=False,     # True: the mean of each layer's error, measured; 'analytic': from BatchNorm statistics
+             adaround=False,         # learn which way to round weights; a dict gives `adaround_`'s settings
+             mixed=None,             # a width per layer under a budget of bytes: '0.2x', '4 bits', '300 kB', or a dict for `mixed_precision`
+             reestimate_bn:bool=False, # BatchNorm statistics of the rounded model
+             dl=None,                # calibration batches; the training data by default
+            )->Simulation:
+    "Post-training quantization, calibrated from the training data; `dequantize` takes it back. If it fails, the model is as it was"
+    model,batches = bare(self.model),_given(self, dl, n_batches)
+    was = _unrepair_(model)
+    try: done = ptq_(model, batches, w_bits, a_bits, observer, weight_observer, profile, mode, per_channel, equalize, absorb, bias_correct, adaround, mixed,
+                     reestimate_norms_ if reestimate_bn else None, self.dls.n_inp, show=not _silent(self))
+    except BaseException:
+        if was: # a repair from before is part of what the model was
+            now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            _originals[model] = {n:now[n].detach().clone() for n in was}, was
+            Repaired(before=was).restore(model)
+        raise
+    if done.before:
+        now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        _originals[model] = done.before, {n:now[n].detach().clone() for n in done.before}
+    return done.sim
+
+# %% ../../nbs/callback/01_quantize.ipynb #3d45cc7f
 @patch
 def dequantize(self:Learner):
-    "Take the simulation off: the float model, as it was"
-    release_(self.model)
+    "Take the simulation off: the float model, as it was; weights that were trained since stay as they are"
+    model = bare(self.model)
+    release_(model)
+    _unrepair_(model)
 
-# %% ../../nbs/callback/01_quantize.ipynb #d96026ef
+# %% ../../nbs/callback/01_quantize.ipynb #151cef3e
+def _settings(**kwargs):
+    "All arguments of `Learner.quantize`, the given ones over the defaults"
+    all_ = {k:p.default for k,p in signature(Learner.quantize).parameters.items() if k!='self'}
+    for k in kwargs:
+        if k not in all_: raise TypeError(f"PTQCallback has no setting {k!r}. {near(k, all_)}")
+    return {**all_, **kwargs}
+
 class PTQCallback(Callback):
     "Quantize the model at the end of a fit (see `Learner.quantize`)"
     order = 95 # after whatever restores or repairs weights in `after_fit`
-    def __init__(self, w_bits:int=8, a_bits:int=8, observer='histogram', n_batches:int=16, weight_observer='mse', profile='qnnpack'):
-        self.settings = dict(w_bits=w_bits, a_bits=a_bits, observer=observer, n_batches=n_batches, weight_observer=weight_observer, profile=profile)
+    @delegates(Learner.quantize)
+    def __init__(self,
+                 w_bits=None, # width of weights, 2 to 16, or {layer name or glob: width}
+                 a_bits=None, # width of activations, the same
+                 **kwargs     # of `Learner.quantize`
+                ): self.settings,self.sim,self.begun = _settings(w_bits=w_bits, a_bits=a_bits, **kwargs),None,False
 
-    def before_fit(self): self.run = not (hasattr(self, 'lr_finder') or hasattr(self, 'gather_preds'))
-    def after_fit(self): self.learn.quantize(**self.settings)
+    def before_fit(self): self.run,self.begun = not (hasattr(self, 'lr_finder') or hasattr(self, 'gather_preds')),False
+    def before_train(self): # `validate` sends before_fit and after_fit, but doesn't train
+        if self.begun: return
+        if self.sim is not None and simulation(self.learn.model) is self.sim: self.learn.dequantize() # a second fit trains the float model, too
+        self._rehearse()
+        self.begun = True
+    def after_fit(self):
+        if self.begun: self.sim = self.learn.quantize(**self.settings)
+        self.begun = False
+
+    def _rehearse(self):
+        "A misspelt layer should not be found out after hours of training"
+        s,model = self.settings,bare(self.learn.model)
+        x = _to_model(model, _given(self.learn, s['dl'], 1)[0])
+        with set_aside(model): simulate_(model, x, *(s[k] for k in ('profile','w_bits','a_bits','observer','weight_observer','per_channel','mode')))
 
 # %% ../../nbs/callback/01_quantize.ipynb #94d468f4
 def preprocessing(dls:DataLoaders)->dict: # JSON-able

@@ -223,7 +223,7 @@ class Simulation(nn.Module):
         shift = (0. if beta is None else beta) + ((0. if b is None else b)-mean)*f
         return func(x, self._q(key, w*f.view(-1, *[1]*(w.ndim-1))), shift, *cargs[3:], **ckwargs)
 
-# %% ../../nbs/quantize/02_simulate.ipynb #ae87de77
+# %% ../../nbs/quantize/02_simulate.ipynb #8ac78fb8
 _prefix = 'fastcompress_quant'
 
 def simulation(model:nn.Module)->Simulation|None:
@@ -268,7 +268,7 @@ def simulate_(model:nn.Module,
         for k in placement.acts: sim[k].how = Dynamic()
     sim.to(next(model.parameters()).device)
     attach_(model, sim)
-    if mode!='static': calibrate_(model, [x], 1, show=False)
+    if mode!='static': calibrate_(model, [x], 1, n_inp=len(x), show=False)
     return sim
 
 def _few(o): return o[:2] if isinstance(o, Tensor) and o.ndim else o
