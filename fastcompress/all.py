@@ -7,6 +7,7 @@ from .callback.channels import ChannelPenaltyCallback, ChannelPruneCallback, cha
 from .callback.distill import DistillationCallback, distill_losses, feature_losses
 from .callback.hold import hold_masks, release_masks
 from .callback.lottery import Lottery, LotteryTicketCallback, find_ticket, load_lottery
+from .callback.qat import QATCallback
 from .callback.sparsify import SparsifyCallback
 from .core import layer_names, match_layers, weight_layers
 from .data import digits
@@ -33,13 +34,19 @@ from .prune.schedule import check_schedule, exponential, iterative, one_cycle, s
 from .prune.score import Scores, criteria, needs
 from .prune.select import AnnealScope, describe, gather, group_scores, parse_budget, select
 from .quantize.affine import QParams, affine_qparams, dequantize, fake_quant, quantize, symmetric_qparams
+from .quantize.learned import LSQ, MovingRange, Noise
 from .quantize.observe import observers, weight_observers
-from .quantize.simulate import calibrate_, profiles, release_, sim_mode, simulate_, simulation, site_sqnr
+from .quantize.pack import packed_bytes
+from .quantize.place import Profile, profiles
+from .quantize.repair import absorb_bias_, adaround_, correct_bias_, correct_bias_analytic_, equalise_, layer_sqnr
+from .quantize.search import mixed_precision, ptq_
+from .quantize.simulate import calibrate_, release_, sim_mode, simulate_, simulation, site_sqnr
 from .study.anneal import anneal_sparsity, plot_anneal
 from .study.groups import group_table, plot_frozen, plot_groups, plot_widths
 from .study.lottery import lottery_table, plot_lottery
-from .study.plots import plot_schedule, plot_sparsity, plot_sqnr, plot_weights
+from .study.plots import plot_schedule, plot_sparsity, plot_weights
 from .study.sensitivity import Sensitivity, plot_sensitivity, sensitivity
+from .study.sqnr import plot_sqnr # and learn.layer_sqnr, learn.plot_sqnr
 from .study.views import sparsity_rows # and learn.plot_sparsity, learn.sparsity_summary
 
 __all__ = [n for n,o in list(globals().items()) if not n.startswith('_') and getattr(o, '__module__', '').startswith(__package__)]

@@ -157,7 +157,7 @@ def dequantize(q:Tensor,   # integers on the grid
     s,z = qp.shaped(q)
     return (q.to(torch.int32) - z).float() * s
 
-# %% ../../nbs/quantize/00_affine.ipynb #cc9eaa75
+# %% ../../nbs/quantize/00_affine.ipynb #d0e041eb
 class _StraightThrough(torch.autograd.Function):
     "Forward is `y[0]`; backward hands `x` the gradient, where `inside` says so"
     @staticmethod
@@ -167,7 +167,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         inside, = ctx.saved_tensors
-        return g if inside is None else g*inside, None, None
+        return g if inside is None else g*inside.view(torch.int8), None, None # the same bytes; booleans would be converted first
 
 def fake_quant_formula(x:Tensor,            # reals, any shape
                        qp:QParams,          # the grid
