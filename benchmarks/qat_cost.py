@@ -4,14 +4,16 @@
 
 Time is the CPU time of the process, so that a busy machine disturbs less. A step is forward, backward, the optimizer's step, and for learned steps Adam's and the check that they stay positive. Each round makes one
 step of each kind in rotating order; the table has ratios to the float step of the same round. torch.ao's graph-mode QAT (FX) is timed
-beside ours where this torch still has it.
+beside ours where this torch still has it. Memory is the most that torch had allocated at any time in a step, above what it had before
+(activations, gradients, what is kept for the backward pass; weights and optimizer state aside).
 """
-import argparse, statistics, sys, time, warnings
+import argparse, json, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 warnings.filterwarnings('ignore')
 import timm, torch
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from fastcompress.quantize.learned import adapt_, keep_positive_, learned
 from fastcompress.quantize.simulate import calibrate_, simulate_
@@ -65,6 +67,14 @@ def stepper(make, arch, x, y):
         return loss
     return step
 
+def peak(step)->float: # MB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: step()
+    with tempfile.NamedTemporaryFile(suffix='.json') as f:
+        p.export_chrome_trace(f.name)
+        events = [(e['ts'], e['args']['Total Allocated'], e['args']['Bytes']) for e in json.load(open(f.name))['traceEvents'] if e.get('name')=='[memory]']
+    events.sort()
+    return (max(t for _,t,_ in events)-(events[0][1]-events[0][2]))/2**20
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--arch', default='resnet18'); p.add_argument('--size', type=int, default=64); p.add_argument('--bs', type=int, default=16)
@@ -87,10 +97,11 @@ def main():
             times[k].append(time.process_time()-start)
             assert loss.isfinite()
     say(f'{torch.get_num_threads()} threads, {a.arch}, {a.size} px, batch {a.bs}, {a.rounds} rounds; float step {statistics.median(times["float"])*1e3:.0f} ms\n')
-    say('| step | CPU time / float: median | quartiles |\n|---|---|---|')
+    mb = {k: peak(steps[k]) for k in kinds}
+    say(f'| step | CPU time / float: median | quartiles | peak memory, MB (float {mb["float"]:.0f}) |\n|---|---|---|---|')
     for k in kinds[1:]:
         q = statistics.quantiles([t/f for t,f in zip(times[k], times['float'])], n=4)
-        say(f'| {k} | {q[1]:.2f} | {q[0]:.2f} to {q[2]:.2f} |')
+        say(f'| {k} | {q[1]:.2f} | {q[0]:.2f} to {q[2]:.2f} | {mb[k]:.0f} |')
     if a.out:
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         cmd = ' '.join(['python benchmarks/qat_cost.py', *sys.argv[1:]])

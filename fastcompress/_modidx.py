@@ -2271,6 +2271,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fastcompress/quantize/affine.py'),
                                               'fastcompress.quantize.affine.int_range': ( 'quantize/affine.html#int_range',
                                                                                           'fastcompress/quantize/affine.py'),
+                                              'fastcompress.quantize.affine.masked': ( 'quantize/affine.html#masked',
+                                                                                       'fastcompress/quantize/affine.py'),
                                               'fastcompress.quantize.affine.pow2_up': ( 'quantize/affine.html#pow2_up',
                                                                                         'fastcompress/quantize/affine.py'),
                                               'fastcompress.quantize.affine.quantize': ( 'quantize/affine.html#quantize',

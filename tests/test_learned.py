@@ -1,7 +1,7 @@
 "Learned steps against the paper's formula, ranges that follow, noise, widths; on small nets, timm's gamma = 0, shared grids"
 import copy, io, math
 import pytest, timm, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import nn, tensor
 from fastcompress.prune.remove import reestimate_norms_
 from fastcompress.quantize.affine import QParams, affine_qparams, fake_quant, symmetric_qparams, zero_scale
@@ -137,6 +137,7 @@ def test_the_average_is_a_moving_one():
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-1e4, 0), st.floats(0, 1e4), st.integers(2, 8))
 def test_the_quick_grid_is_the_careful_one(lo, hi, bits):
+    assume(hi-lo==0 or hi-lo>1e-30) # the quick one computes in float32
     q,want = Quantizer('a', bits),affine_qparams(tensor(lo).item(), tensor(hi).item(), bits)
     set_range_(q, tensor(lo), tensor(hi))
     assert torch.allclose(q.scale, want.scale, rtol=1e-5) and abs(int(q.zero_point)-int(want.zero_point))<=1 and q.qmin<=int(q.zero_point)<=q.qmax
