@@ -183,6 +183,13 @@ def test_bad_input_leaves_the_model_alone(kwargs, words):
 def test_nothing_to_quantize():
     with pytest.raises(ValueError, match='nothing to quantize'): simulate_(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.randn(2,3))
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_other_types_are_refused_in_words(dtype):
+    net = Net().eval().to(dtype)
+    before = list(net.state_dict())
+    with pytest.raises(ValueError, match=f"'a.weight' is {dtype}.*model.float"): simulate_(net, torch.randn(2,3,8,8))
+    assert list(net.state_dict())==before and not net._forward_hooks
+
 def test_nan_while_calibrating_names_the_layer():
     class Bad(nn.Module):
         def __init__(self): super().__init__(); self.a,self.b = nn.Linear(3, 3),nn.Linear(3, 3)

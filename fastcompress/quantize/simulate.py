@@ -223,7 +223,7 @@ class Simulation(nn.Module):
         shift = (0. if beta is None else beta) + ((0. if b is None else b)-mean)*f
         return func(x, self._q(key, w*f.view(-1, *[1]*(w.ndim-1))), shift, *cargs[3:], **ckwargs)
 
-# %% ../../nbs/quantize/02_simulate.ipynb #8ac78fb8
+# %% ../../nbs/quantize/02_simulate.ipynb #d4aa5203
 _prefix = 'fastcompress_quant'
 
 def simulation(model:nn.Module)->Simulation|None:
@@ -258,6 +258,8 @@ def simulate_(model:nn.Module,
     "Attach quantizers to `model` where the engine will hold integers"
     profile = profiles.resolve(profile) if isinstance(profile, str) else profile
     observers.resolve(observer)
+    odd = next(((n, p.dtype) for n,p in model.named_parameters() if p.dtype!=torch.float32 and (p.is_floating_point() or p.is_complex())), None)
+    if odd: raise ValueError(f"{odd[0]!r} is {odd[1]}: what is quantized here is float32. Give model.float(); for mixed precision train under autocast, as learn.to_fp16() does.")
     x = {k: _few(v) for k,v in x.items()} if isinstance(x, dict) else tuple(map(_few, as_args(x)))
     old = simulation(model)
     with sim_mode(model, 'off') if old is not None else eval_mode(): placement = place(record(model, x), profile, mode, per_channel)
