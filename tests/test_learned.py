@@ -314,3 +314,20 @@ def test_errors():
     for kw,msg in (dict(learned='x'),"'weights' or 'acts'"),(dict(learned=1.5),"'weights' or 'acts'"),(dict(noise=1),'left unrounded'),(dict(noise=-.1),'left unrounded'),(dict(momentum=0),'newest batch'),(dict(weight_range='mze'),'mse'),(dict(learned=True, init='x'),'calibrated step'):
         with pytest.raises(ValueError, match=msg): adapt_(sim, **kw)
         fix_(sim); assert all(q.how is None for q in sim.quantizers.values()) and not learned(sim)
+
+@pytest.mark.parametrize('bits,axis', [(2, None), (4, 0), (8, None), (8, 0)])
+def test_the_quick_backward_pass_is_the_written_one(bits, axis, monkeypatch):
+    "At the ends of the grid too, where which side a value is on decides"
+    import fastcompress.quantize.learned as mod
+    qp = symmetric_qparams(tensor([1., 2., .5]), bits, axis=0) if axis==0 else affine_qparams(-1., 2., bits)
+    s,z = qp.shaped(torch.empty(3, 9))
+    steps = torch.cat([torch.arange(-3., 4.), tensor([-.5, .5])])
+    x = torch.cat([*(((steps+end-z)*s).expand(3, 9) for end in (qp.qmin, qp.qmax)), randn(3, 40)*2], 1)
+    def grads():
+        a,scale = x.clone().requires_grad_(),qp.scale.clone().requires_grad_()
+        y = mod._LSQ.apply(a, scale, qp, .3)
+        return y, *torch.autograd.grad((y*torch.arange(y.numel()).view_as(y)).sum(), (a, scale))
+    assert mod._ends(qp, qp.zero_point) is not None
+    quick = grads()
+    monkeypatch.setattr(mod, '_ends', lambda qp,z: None)
+    assert all(torch.equal(a, b) for a,b in zip(quick, grads()))

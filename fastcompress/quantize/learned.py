@@ -28,19 +28,32 @@ def step_grad(u:Tensor, # v/s, any shape
     inside = (u>lo) & (u<hi)
     return u.clamp(lo, hi).round_().sub_(masked(u, inside)), inside
 
-# %% ../../nbs/quantize/04_learned.ipynb #c875159b
+# %% ../../nbs/quantize/04_learned.ipynb #1cc2d116
+_between = torch.ops.aten.hardtanh_backward # (g, u, lo, hi): g where lo < u < hi, else 0, in one pass
+
+def _ends(qp, z):
+    "`qmin` and `qmax` counted from the zero point, as numbers; None if they aren't the same for all steps"
+    if z.numel()==1: return qp.qmin-int(z), qp.qmax-int(z)
+    return None if z.any() else (qp.qmin, qp.qmax)
+
 class _LSQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, qp, g):
         ctx.save_for_backward(x, *qp.shaped(x))
+        ctx.ends = _ends(qp, qp.zero_point)
         ctx.qmin,ctx.qmax,ctx.shape,ctx.g = qp.qmin,qp.qmax,scale.shape,g
         return fake_quant(x, qp)
     @staticmethod
     def backward(ctx, grad):
         x,s,z = ctx.saved_tensors
-        d,inside = step_grad(x*(1/s), ctx.qmin-z, ctx.qmax-z)
+        u = x*(1/s)
+        if ctx.ends is None:
+            d,inside = step_grad(u, ctx.qmin-z, ctx.qmax-z)
+            gx = masked(grad, inside)
+        else: # `step_grad`, with half the passes
+            gx,d = _between(grad, u, *ctx.ends),u.clamp(*ctx.ends).round_().sub_(_between(u, u, *ctx.ends))
         ds = (grad*d).sum_to_size(s.shape).view(ctx.shape)*ctx.g if ctx.g else grad.new_zeros(ctx.shape)
-        return masked(grad, inside), ds, None, None
+        return gx, ds, None, None
 
 def lsq(x:Tensor,    # reals, any shape
         qp:QParams,  # the grid; its scale gets a gradient
