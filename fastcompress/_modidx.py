@@ -2335,6 +2335,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fastcompress/quantize/learned.py'),
                                                'fastcompress.quantize.learned._LSQ.forward': ( 'quantize/learned.html#_lsq.forward',
                                                                                                'fastcompress/quantize/learned.py'),
+                                               'fastcompress.quantize.learned._ends': ( 'quantize/learned.html#_ends',
+                                                                                        'fastcompress/quantize/learned.py'),
                                                'fastcompress.quantize.learned._fixed': ( 'quantize/learned.html#_fixed',
                                                                                          'fastcompress/quantize/learned.py'),
                                                'fastcompress.quantize.learned._following': ( 'quantize/learned.html#_following',
