@@ -336,6 +336,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'fastcompress.callback.hold._unpack': ( 'callback/hold.html#_unpack',
                                                                                     'fastcompress/callback/hold.py'),
                                             'fastcompress.callback.hold.bare': ('callback/hold.html#bare', 'fastcompress/callback/hold.py'),
+                                            'fastcompress.callback.hold.compare_anew_': ( 'callback/hold.html#compare_anew_',
+                                                                                          'fastcompress/callback/hold.py'),
                                             'fastcompress.callback.hold.follow_cut': ( 'callback/hold.html#follow_cut',
                                                                                        'fastcompress/callback/hold.py'),
                                             'fastcompress.callback.hold.hold_masks': ( 'callback/hold.html#hold_masks',

@@ -7,7 +7,7 @@ __all__ = ['channel_penalties', 'then_and_now', 'example_input', 'Look', 'look',
            'Pruned', 'nearest_plan', 'ChannelPruneCallback', 'plan_file', 'tensor_shapes', 'read_plan', 'PlanFile',
            'slimming', 'group_lasso', 'ChannelPenaltyCallback']
 
-# %% ../../nbs/callback/05_channels.ipynb #3ab14381
+# %% ../../nbs/callback/05_channels.ipynb #0c1c3593
 import json,math,warnings,zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,6 @@ import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.rnn import ModelResetter
-from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch, store_attr
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .hold import Companion, bare, follow_cut
+from .hold import Companion, bare, compare_anew_, follow_cut
 from .lottery import LotteryTicketCallback
 from .quantize import calibration_batches, training_batches
 from .sparsify import SparsifyCallback, _check_ramp
@@ -606,13 +605,12 @@ def _note(self:ChannelPruneCallback, part, done):
     self.plans.append(done)
     if self.over and part>0 and self.obtained==0: warnings.warn(f"nothing was removed, though ratio={self.ratio!r} was asked for: " + '; '.join(f'{n!r}: {w}' for n,w in list(done.notes.items())[:3]))
 
-# %% ../../nbs/callback/05_channels.ipynb #25322e21
+# %% ../../nbs/callback/05_channels.ipynb #9dc7e6c8
 @patch
 def after_epoch(self:ChannelPruneCallback):
     if not self._began or self.waits or not (self._changed or not self.over): return
     self._changed = False
-    for cb in self.learn.cbs:
-        if isinstance(cb, TrackerCallback) and getattr(cb, 'best', None) is not None: cb.best = math.inf if cb.comp(0,1) else -math.inf
+    compare_anew_(self.learn)
 
 @patch
 def after_fit(self:ChannelPruneCallback):

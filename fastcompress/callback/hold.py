@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['bare', 'mask_state_', 'keeps_zeros', 'follow_cut', 'MaskKeeper', 'SparsityColumn', 'hold_masks', 'release_masks',
-           'masks_file', 'save_masks', 'load_masks', 'in_fit', 'Companion', 'MaskFile']
+           'masks_file', 'save_masks', 'load_masks', 'compare_anew_', 'in_fit', 'Companion', 'MaskFile']
 
-# %% ../../nbs/callback/00_hold.ipynb #84618fe7
+# %% ../../nbs/callback/00_hold.ipynb #91080a36
 import json,sys,warnings
 from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import NonNativeMixedPrecision
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer, OptimWrapper
 from fastai.torch_core import distrib_barrier, rank_distrib
@@ -191,6 +192,14 @@ def load_masks(file)->tuple: # masks {layer name: bool tensor}, history, states
         for i,s in enumerate(meta['states']):
             for k in s.get('tensors', ()): s[k] = {o[len(f'{k}/{i}/'):]: f.get_tensor(o) for o in f.keys() if o.startswith(f'{k}/{i}/')}
     return masks, [(*h[:3], h[3]) for h in meta['history']], meta['states']
+
+# %% ../../nbs/callback/00_hold.ipynb #1159ee47
+def compare_anew_(learn):
+    "Whoever compares epochs (`SaveModelCallback`, `EarlyStoppingCallback`, `ReduceLROnPlateau`) forgets those before: the network is another one"
+    for cb in learn.cbs:
+        if not isinstance(cb, TrackerCallback) or getattr(cb, 'best', None) is None: continue
+        cb.best = float('inf') if cb.comp(0,1) else -float('inf')
+        if hasattr(cb, 'wait'): cb.wait = 0
 
 # %% ../../nbs/callback/00_hold.ipynb #222448d5
 def in_fit(learn)->bool:

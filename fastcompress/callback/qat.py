@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LeftOut', 'without', 'left_out', 'QATCallback', 'set_widths_', 'QATEnd', 'quant_file', 'QuantFile', 'read_quant']
 
-# %% ../../nbs/callback/06_qat.ipynb #02e03580
+# %% ../../nbs/callback/06_qat.ipynb #07153e1b
 import copy,json,math,warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import NonNativeMixedPrecision
-from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
@@ -23,7 +22,7 @@ from torch import nn
 
 from .channels import tensor_shapes
 from .distill import DistillationCallback
-from .hold import Companion, bare, in_fit
+from .hold import Companion, bare, compare_anew_, in_fit
 from .quantize import PTQCallback, calibration_batches
 from .sparsify import place
 from ..core import atomic_file, match_layers, weight_layers
@@ -240,7 +239,7 @@ def _move_(self:QATCallback, sim):
     self._opt = torch.optim.Adam([dict(params=[q.scale], lr=self.lr_quant or 1e-3*q.scale.mean().item()) for q in qs], lr=1e-3)
     for g in self._opt.param_groups: g['most'] = g['lr']
 
-# %% ../../nbs/callback/06_qat.ipynb #62a718ea
+# %% ../../nbs/callback/06_qat.ipynb #7874926a
 @patch(as_prop=True)
 def pos(self:QATCallback)->float:
     "Part of the fit that is behind us, or of `epochs`"
@@ -321,10 +320,7 @@ def after_epoch(self:QATCallback):
     "Epochs before the final width don't compete with those after"
     if not self._changed: return
     self._changed = False
-    for cb in self.learn.cbs:
-        if not isinstance(cb, TrackerCallback) or getattr(cb, 'best', None) is None: continue
-        cb.best = float('inf') if cb.comp(0,1) else -float('inf')
-        if hasattr(cb, 'wait'): cb.wait = 0
+    compare_anew_(self.learn)
 
 # %% ../../nbs/callback/06_qat.ipynb #3319ca34
 @patch

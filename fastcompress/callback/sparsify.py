@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['default_every', 'SparsifyCallback', 'place']
 
-# %% ../../nbs/callback/02_sparsify.ipynb #37359a4c
+# %% ../../nbs/callback/02_sparsify.ipynb #62f4b19c
 import math, warnings
 from collections.abc import Mapping
 
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch, store_attr
 from torch import nn
 
-from .hold import bare, hold_masks
+from .hold import bare, compare_anew_, hold_masks
 from .quantize import training_batches
 from ..core import check_fraction, plain
 from ..prune.mask import (alive, allocation, check_most, check_shapes, competitors, covered_modules, covered_weights, elementwise,
@@ -348,15 +347,12 @@ def after_step(self:SparsifyCallback):
 @patch
 def after_batch(self:SparsifyCallback): self._done = self.epoch*self.n_iter+self.iter+1
 
-# %% ../../nbs/callback/02_sparsify.ipynb #f476edfe
+# %% ../../nbs/callback/02_sparsify.ipynb #72148f09
 @patch
 def after_epoch(self:SparsifyCallback):
     if not self._changed: return
     self._changed = False
-    for cb in self.learn.cbs:
-        if not isinstance(cb, TrackerCallback) or getattr(cb, 'best', None) is None: continue
-        cb.best = float('inf') if cb.comp(0,1) else -float('inf')
-        if hasattr(cb, 'wait'): cb.wait = 0
+    compare_anew_(self.learn)
 
 @patch
 def after_fit(self:SparsifyCallback):

@@ -8,7 +8,7 @@ __all__ = ['order', 'version', 'each_once', 'stored', 'digest', 'check_storable'
            'check_quantizers', 'save_compressed', 'Contents', 'contents_text', 'describe_compressed', 'check_tensors',
            'fill_', 'load_compressed']
 
-# %% ../../nbs/deploy/05_checkpoint.ipynb #43f32502
+# %% ../../nbs/deploy/05_checkpoint.ipynb #e04291b1
 import copy,hashlib,json,re,warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import __version__
 from ..core import atomic_file, fork_rng, near, plain
-from ..prune.plan import Plan, plan_from_json, plan_to_json
+from ..prune.plan import Plan, plan_from_json
 from ..prune.remove import check_fits, cut_, plan_of, tensors_of
 from ..quantize.affine import dequantize, fake_quant, quantize
 from ..quantize.pack import describe, grid_bits, grid_of, pack, packed_bytes, unpack

@@ -6,11 +6,9 @@
 __all__ = ['fixed_ranges', 'profiles', 'modes', 'op_name', 'Paths', 'OpMode', 'Site', 'record', 'Profile', 'has_vnni', 'Spot',
            'Weight', 'Placement', 'place', 'placement_to_dict', 'placement_from_dict']
 
-# %% ../../nbs/quantize/02_place.ipynb #7513a7d5
+# %% ../../nbs/quantize/02_place.ipynb #9f92a5a2
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
