@@ -5,28 +5,21 @@ the simulation on 360 images, in percent. A point is 3.6 images.
 
     OMP_NUM_THREADS=1 python benchmarks/ptq_accuracy.py --out benchmarks/results/ptq_accuracy.md
 """
-import argparse, random, statistics, sys, warnings
+import argparse, statistics, sys, warnings
 from pathlib import Path
 warnings.filterwarnings('ignore')
 import torch
 from fastai.callback.schedule import fit_one_cycle
-from fastai.learner import Learner
-from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcompress.callback import quantize # learn.quantize
 from fastcompress.cli import demo_model
 from fastcompress.data import digits
+from qat_accuracy import learner
 
 plain = dict(observer='minmax', weight_observer='minmax')
 ROWS = {'W8A8, one scale, min-max': dict(per_channel=False, **plain), 'W8A8, one scale, least error': dict(per_channel=False), 'W8A8, one scale, equalised, bias corrected': dict(per_channel=False, equalize=True, bias_correct=True),
         'W8A8, per channel': {}, 'W8A8, per channel, bias corrected': dict(bias_correct=True),
         'W4A8, per channel': dict(w_bits=4), 'W4A8, per channel, bias corrected': dict(w_bits=4, bias_correct=True), 'W4A8, per channel, AdaRound, bias corrected': dict(w_bits=4, adaround=True, bias_correct=True)}
-
-def learner(dls, model, seed):
-    set_seed(seed); dls.train.rng = random.Random(seed)
-    learn = Learner(dls, model, metrics=accuracy)
-    learn.remove_cb(learn.progress); learn.logger = lambda o: None
-    return learn
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

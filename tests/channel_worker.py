@@ -3,13 +3,11 @@ import random, warnings
 warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)
 import torch
 from torch import nn
-from fastai.callback.schedule import fit_one_cycle
-from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 
-from distrib_worker import Kill, Order, digest, join
+from distrib_worker import Kill, Order, _fits, digest, join
 from fastcompress.callback.channels import ChannelPenaltyCallback, ChannelPruneCallback
 from fastcompress.data import digits
 from fastcompress.prune.remove import plan_of
@@ -60,11 +58,6 @@ def two_ranks(path, rank, port, configs):
     torch.distributed.destroy_process_group()
 
 # ---- killed and resumed
-
-def _fits(learn, cb, fits, n, start=(0,0), kill=None):
-    for i in range(start[0], fits):
-        cbs = [cb, Order(), SaveModelCallback(every_epoch=True, with_opt=True, fname=f'fit{i}')]
-        learn.fit_one_cycle(n, 1e-2, cbs=cbs+[kill] if kill and kill.fit==i else cbs, start_epoch=start[1] if i==start[0] else 0)
 
 def through(path, kw, fits, n):
     learn,cb = learner(path),ChannelPruneCallback(**kw)

@@ -1,6 +1,31 @@
 "What several test files need"
+import multiprocessing, os
+from contextlib import contextmanager
 import timm, torch
 from torch import nn
+
+
+@contextmanager
+def forking(module):
+    "A function that starts a function of test module `module` in a new process, forked off one that has done nothing but import it"
+    here,was = os.path.dirname(__file__),os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = os.pathsep.join(o for o in (here, was) if o) # where the server finds what to import
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload([module])
+    def _start(f, *args):
+        p = ctx.Process(target=f, args=args); p.start()
+        return p
+    try: yield _start
+    finally: os.environ.pop('PYTHONPATH') if was is None else os.environ.__setitem__('PYTHONPATH', was)
+
+
+def to_the_end(start, seconds):
+    "Run what `start` starts to its end, `seconds` at most; returns the exit code"
+    def _run(*args):
+        p = start(*args); p.join(seconds)
+        if p.is_alive(): p.kill()
+        return p.exitcode
+    return _run
 
 
 def randomise_(model, x):

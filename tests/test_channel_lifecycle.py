@@ -1,19 +1,14 @@
 "What a network that lost channels has to survive outside one fit: files, other processes, ranks, mixed precision, and every kind of Learner"
-import copy, json, multiprocessing, os, random, socket, warnings
-import numpy as np, pandas as pd, pytest, timm, torch, torch.nn.functional as F
+import copy, json, socket, warnings
+import pytest, timm, torch
 from torch import nn
 from torchvision.models import resnet18
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.rnn import rnn_cbs
 from fastai.callback.schedule import fine_tune, fit_one_cycle, lr_find
-from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
-from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_split
-from fastai.text.models.core import get_text_classifier
 from fastai.torch_core import set_seed
 from fastai.vision.learner import create_body, create_head, vision_learner
 from fastai.vision.models.unet import DynamicUnet
@@ -22,6 +17,8 @@ from fastai.vision.models.xresnet import XResNet
 
 import channel_worker as W
 from channel_worker import DLS, GROUPS, learner, moments, widths
+from helpers import forking, to_the_end
+from learners import learner as made, quiet, table, tabular, text_learner, two_learner
 from fastcompress.callback.channels import ChannelPenaltyCallback, ChannelPruneCallback, plan_file
 from fastcompress.callback.hold import masks_file
 from fastcompress.callback.sparsify import SparsifyCallback
@@ -38,25 +35,10 @@ def learn(tmp_path): return learner(tmp_path)
 
 @pytest.fixture(scope='module')
 def start():
-    "Start a function of `channel_worker` in a new process, forked off one that has done nothing but import it"
-    here,was = os.path.dirname(__file__),os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join(o for o in (here, was) if o)
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['channel_worker'])
-    def _start(f, *args):
-        p = ctx.Process(target=f, args=args); p.start()
-        return p
-    yield _start
-    os.environ.pop('PYTHONPATH') if was is None else os.environ.__setitem__('PYTHONPATH', was)
+    with forking('channel_worker') as f: yield f
 
 @pytest.fixture
-def run(start):
-    "The same, to its end; returns the exit code"
-    def _run(*args):
-        p = start(*args); p.join(240)
-        if p.is_alive(): p.kill()
-        return p.exitcode
-    return _run
+def run(start): return to_the_end(start, 240)
 
 def fetched(file): return torch.load(file, weights_only=False)
 def same(a, b): return a.keys()==b.keys() and all(a[k].shape==b[k].shape and torch.equal(a[k], b[k]) for k in a)
@@ -245,22 +227,6 @@ def test_skipped_steps_do_not_count(learn, dtype):
 
 # ---- every kind of Learner
 
-def quiet(learn):
-    learn.remove_cb(learn.progress); learn.logger = lambda o: None
-    return learn
-
-class Items(list): pass
-def dls_of(xs, y, bs=16):
-    ys = y if isinstance(y, tuple) else (y,)
-    ds,n = list(tuple(o[i] for o in (*xs, *ys)) for i in range(len(xs[0]))),len(xs[0])*4//5
-    parts = [Items(ds[:n]), Items(ds[n:])]
-    for o in parts: o.n_inp = len(xs)
-    return DataLoaders(TfmdDL(parts[0], bs=bs, shuffle=True, num_workers=0), TfmdDL(parts[1], bs=bs, num_workers=0))
-
-def made(model, xs, y, path, loss_func=None, **kw):
-    set_seed(0); random.seed(0)
-    return quiet(Learner(dls_of(xs, y), model, loss_func=loss_func or CrossEntropyLossFlat(), path=path, **kw))
-
 def twin(learn):
     "A copy of the model; dropped-out weights of an LSTM have a graph, which can't be copied"
     with torch.no_grad():
@@ -292,28 +258,14 @@ def check(learn, ratio=.5, lr=1e-3, least=.25, again=None, **kw):
         assert all(torch.equal(x, y) for x,y in zip(a, b))
     return cb
 
-def table(n=240):
-    g = np.random.RandomState(0)
-    df = pd.DataFrame(dict(a=g.choice(list('uvwxyz'), n), b=g.choice(['p','q','r'], n), c=g.randn(n), d=g.randn(n)))
-    df['y'] = np.where((df.a.isin(['u','v'])) ^ (df.c>0), 'yes', 'no')
-    return df
-
 def test_tabular(tmp_path):
-    def learner():
-        set_seed(0)
-        dls = TabularDataLoaders.from_df(table(), tmp_path, procs=[Categorify, FillMissing, Normalize], cat_names=['a','b'], cont_names=['c','d'], y_names='y', bs=32, num_workers=0, valid_idx=list(range(48)))
-        return quiet(tabular_learner(dls, layers=[64,32], metrics=accuracy, path=tmp_path))
+    def learner(): return tabular(tmp_path, (64,32))
     learn = learner()
     check(learn, again=learner)
     assert len(learn.model.layers[0][0].weight)<=32 and learn.predict(table().iloc[0])[2].sum()==pytest.approx(1, abs=1e-4)
 
 def test_text(tmp_path):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randint(2, 30, (96, 12), generator=g); y = ((x==5).sum(1)+(x==7).sum(1)>0).long()
-    def learner():
-        set_seed(0)
-        model = get_text_classifier(AWD_LSTM, 30, 2, seq_len=6, config=dict(emb_sz=20, n_hid=24, n_layers=2, pad_token=1, bidir=False, output_p=.1, hidden_p=.1, input_p=.1, embed_p=.05, weight_p=.3), max_len=12)
-        return made(model, (x,), y, tmp_path, cbs=rnn_cbs(), splitter=awd_lstm_clas_split)
+    def learner(): return text_learner(tmp_path)
     learn = learner()
     hidden = len(learn.model[1].layers[0][2].weight)
     check(learn, least=0., again=learner)
@@ -321,19 +273,7 @@ def test_text(tmp_path):
     assert any('lstm' in w for w in plan_of(learn.model).notes.values())
 
 def test_several_inputs_and_outputs(tmp_path):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.im,self.tab = nn.Sequential(nn.Conv2d(3,16,3,2,1), nn.ReLU(), nn.Conv2d(16,16,3,2,1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),nn.Linear(5,16)
-            self.both,self.cls,self.reg = nn.Linear(32,24),nn.Linear(24,3),nn.Linear(24,1)
-        def forward(self, im, tab):
-            h = self.both(torch.cat([self.im(im), self.tab(tab)], 1)).relu()
-            return self.cls(h), self.reg(h)
-    g = torch.Generator().manual_seed(0)
-    im,tab = torch.randn(64,3,12,12, generator=g),torch.randn(64,5, generator=g)
-    y1,y2 = torch.randint(0,3,(64,), generator=g),tab.sum(1, keepdim=True)
-    loss = lambda p, a, b: F.cross_entropy(p[0], a) + F.mse_loss(p[1], b)
-    def learner(): set_seed(0); return made(Two(), (im, tab), (y1, y2), tmp_path, loss_func=loss)
+    def learner(): return two_learner(tmp_path, 16)
     check(learner(), criterion='taylor', again=learner)
 
 def test_xresnet(tmp_path):

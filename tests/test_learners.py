@@ -1,5 +1,5 @@
 "Zeros in every kind of Learner and layer, and a brute-force check of what a mask removes"
-import random, warnings
+import warnings
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -10,14 +10,12 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.rnn import rnn_cbs
 from fastai.callback.schedule import fine_tune, fit_one_cycle, lr_find
 from fastai.collab import CollabDataLoaders, EmbeddingDotBias, collab_learner
-from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
-from fastai.text.models.awdlstm import AWD_LSTM, WeightDropout, awd_lstm_clas_split, awd_lstm_lm_split
-from fastai.text.models.core import get_language_model, get_text_classifier
-from fastai.torch_core import params, set_seed
+from fastai.text.models.awdlstm import AWD_LSTM, WeightDropout, awd_lstm_lm_split
+from fastai.text.models.core import get_language_model
+from fastai.torch_core import set_seed
 from fastai.vision.learner import create_body, vision_learner
 from fastai.vision.models.unet import DynamicUnet
 
@@ -25,26 +23,9 @@ from fastcompress.callback.hold import hold_masks
 from fastcompress.callback.sparsify import SparsifyCallback
 from fastcompress.data import digits
 from fastcompress.prune.mask import apply_masks_, covered_layers, covered_weights, prunable, sparse_masks
+from learners import CONFIG, learner, quiet, table, tabular, text_learner, two_learner, words
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-def quiet(learn):
-    learn.remove_cb(learn.progress); learn.logger = lambda o: None
-    return learn
-
-class Items(list): pass
-
-def dls_of(xs, y, bs=16):
-    "DataLoaders of tensors: `xs` a tuple of inputs, `y` a target or a tuple of them"
-    ys = y if isinstance(y, tuple) else (y,)
-    ds,n = list(tuple(o[i] for o in (*xs, *ys)) for i in range(len(xs[0]))),len(xs[0])*4//5
-    parts = [Items(ds[:n]), Items(ds[n:])]
-    for o in parts: o.n_inp = len(xs)
-    return DataLoaders(TfmdDL(parts[0], bs=bs, shuffle=True, num_workers=0), TfmdDL(parts[1], bs=bs, num_workers=0))
-
-def learner(model, xs, y, path, loss_func=None, **kw):
-    set_seed(0); random.seed(0)
-    return quiet(Learner(dls_of(xs, y), model, loss_func=loss_func or CrossEntropyLossFlat(), path=path, **kw))
 
 def n_zeros(learn, names): return {n: int((w==0).sum()) for n,w in covered_weights(learn.model, names).items()}
 def n_all(learn, names): return {n: w.numel() for n,w in covered_weights(learn.model, names).items()}
@@ -69,17 +50,6 @@ def check(learn, s=.75, fits=2, lr=1e-2, **kw):
     return names
 
 # ---- tabular and collaborative filtering
-
-def table(n=240):
-    g = np.random.RandomState(0)
-    df = pd.DataFrame(dict(a=g.choice(list('uvwxyz'), n), b=g.choice(['p','q','r'], n), c=g.randn(n), d=g.randn(n)))
-    df['y'] = np.where((df.a.isin(['u','v'])) ^ (df.c>0), 'yes', 'no')
-    return df
-
-def tabular(path):
-    set_seed(0)
-    dls = TabularDataLoaders.from_df(table(), path, procs=[Categorify, FillMissing, Normalize], cat_names=['a','b'], cont_names=['c','d'], y_names='y', bs=32, num_workers=0, valid_idx=list(range(48)))
-    return quiet(tabular_learner(dls, layers=[32,16], metrics=accuracy, path=path))
 
 def test_tabular_leaves_embeddings_alone(tmp_path):
     learn = tabular(tmp_path)
@@ -114,19 +84,6 @@ def test_collab_with_a_network(tmp_path):
     assert check(collab(tmp_path, use_nn=True, layers=[16,8]), .6)==['layers.0.0','layers.1.0']
 
 # ---- text
-
-CONFIG = dict(emb_sz=20, n_hid=24, n_layers=2, pad_token=1, bidir=False, output_p=.1, hidden_p=.1, input_p=.1, embed_p=.05, weight_p=.3)
-
-def words(n=96, length=12, vocab=30):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randint(2, vocab, (n, length), generator=g)
-    return x, ((x==5).sum(1)+(x==7).sum(1)>0).long()
-
-def text_learner(path):
-    set_seed(0)
-    model = get_text_classifier(AWD_LSTM, 30, 2, seq_len=6, config=dict(CONFIG), max_len=12)
-    x,y = words()
-    return learner(model, (x,), y, path, cbs=rnn_cbs(), splitter=awd_lstm_clas_split)
 
 class SeenByLSTM(Callback):
     "Zeros of the weight that the LSTM multiplies with, where the mask is False, in training and in evaluation mode"
@@ -203,22 +160,8 @@ def test_unet(tmp_path):
     assert learn.model(x[:2]).shape==(2, 2, 16, 16)
 
 def test_several_inputs_and_outputs(tmp_path):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.im,self.tab = nn.Sequential(nn.Conv2d(3,8,3,2,1), nn.ReLU(), nn.Conv2d(8,16,3,2,1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),nn.Linear(5,16)
-            self.both,self.cls,self.reg = nn.Linear(32,24),nn.Linear(24,3),nn.Linear(24,1)
-        def forward(self, im, tab):
-            h = self.both(torch.cat([self.im(im), self.tab(tab)], 1)).relu()
-            return self.cls(h), self.reg(h)
-    g = torch.Generator().manual_seed(0)
-    im,tab = torch.randn(64,3,12,12, generator=g),torch.randn(64,5, generator=g)
-    y1,y2 = torch.randint(0,3,(64,), generator=g),tab.sum(1, keepdim=True)
-    loss = lambda p, a, b: F.cross_entropy(p[0], a) + F.mse_loss(p[1], b)
     for kw in {}, dict(criterion='wanda'), dict(criterion='taylor', regrow='gradient'):
-        set_seed(0)
-        learn = learner(Two(), (im, tab), (y1, y2), tmp_path, loss_func=loss)
-        assert check(learn, .5, **kw)==['im.2','tab','both','cls']
+        assert check(two_learner(tmp_path), .5, **kw)==['im.2','tab','both','cls']
 
 # ---- layers
 

@@ -1,5 +1,5 @@
 "What a sparse model has to survive outside one fit: two ranks, a kill, a reload elsewhere, mixed precision, quantization"
-import multiprocessing, os, random, socket, warnings
+import socket, warnings
 import pytest, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelFitException
@@ -11,7 +11,8 @@ from fastai.learner import load_model
 from fastai.torch_core import params
 
 import distrib_worker as W
-from distrib_worker import DLS, N, NAMES, SUM, Order, digest, learner, net, zeros
+from distrib_worker import DLS, N, NAMES, SUM, Order, learner, net, zeros
+from helpers import forking, to_the_end
 from fastcompress.callback.hold import hold_masks, masks_file, release_masks
 from fastcompress.callback.quantize import PTQCallback
 from fastcompress.callback.sparsify import SparsifyCallback
@@ -26,25 +27,10 @@ def learn(tmp_path): return learner(tmp_path)
 
 @pytest.fixture(scope='module')
 def start():
-    "Start a function of `distrib_worker` in a new process, forked off one that has done nothing but import it"
-    here,was = os.path.dirname(__file__),os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join(o for o in (here, was) if o) # where the server finds what to import
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['distrib_worker'])
-    def _start(f, *args):
-        p = ctx.Process(target=f, args=args); p.start()
-        return p
-    yield _start
-    os.environ.pop('PYTHONPATH') if was is None else os.environ.__setitem__('PYTHONPATH', was)
+    with forking('distrib_worker') as f: yield f
 
 @pytest.fixture
-def run(start):
-    "The same, to its end; returns the exit code"
-    def _run(*args):
-        p = start(*args); p.join(120)
-        if p.is_alive(): p.kill()
-        return p.exitcode
-    return _run
+def run(start): return to_the_end(start, 120)
 
 def column(learn): return [v[list(learn.recorder.metric_names).index('sparsity')-1] for v in learn.recorder.values]
 def fetched(file): return torch.load(file, weights_only=False)

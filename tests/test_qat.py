@@ -1,5 +1,5 @@
 "QATCallback under fastai's verbs: lr_find, fine_tune, accumulation, mixed precision, checkpoints, export, interrupts, sparsity, two ranks"
-import json, multiprocessing, os, socket, warnings
+import json, socket, warnings
 import pytest, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelFitException
@@ -12,6 +12,7 @@ from fastai.torch_core import params
 
 import distrib_worker as W
 from distrib_worker import DLS, NAMES, SUM, Order, digest, learner, net, zeros
+from helpers import forking
 from test_lifecycle import AMP
 from fastcompress.callback.distill import DistillationCallback
 from fastcompress.callback.qat import QATCallback, quant_file, read_quant
@@ -317,14 +318,7 @@ def test_silent(tmp_path, capsys):
 
 @pytest.fixture(scope='module')
 def start():
-    here,was = os.path.dirname(__file__),os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join(o for o in (here, was) if o)
-    ctx = multiprocessing.get_context('forkserver'); ctx.set_forkserver_preload(['test_qat'])
-    def _start(f, *args):
-        p = ctx.Process(target=f, args=args); p.start()
-        return p
-    yield _start
-    os.environ.pop('PYTHONPATH') if was is None else os.environ.__setitem__('PYTHONPATH', was)
+    with forking('test_qat') as f: yield f
 
 def finish(*ps):
     for p in ps: p.join(120)

@@ -1,5 +1,5 @@
 "Post-training quantization and QAT on the Learners fastai makes: tables, text, pictures, segmentation, several inputs"
-import pytest, torch, torch.nn.functional as F
+import pytest, torch
 from torch import nn
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
@@ -11,7 +11,7 @@ from fastcompress.callback import quantize # learn.quantize
 from fastcompress.data import digits
 from fastcompress.measure.quality import sqnr
 from fastcompress.quantize.simulate import simulation
-from test_learners import learner, quiet, tabular, text_learner
+from learners import learner, quiet, tabular, text_learner, two_learner
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
 
@@ -26,22 +26,7 @@ def vision(path):
     set_seed(0)
     return quiet(vision_learner(digits(n=80, size=32, bs=32), resnet18, pretrained=False, path=path))
 
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.im,self.tab = nn.Sequential(nn.Conv2d(3,8,3,2,1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),nn.Linear(5,8)
-        self.both,self.cls,self.reg = nn.Linear(16,12),nn.Linear(12,3),nn.Linear(12,1)
-    def forward(self, im, tab):
-        h = self.both(torch.cat([self.im(im), self.tab(tab)], 1)).relu()
-        return self.cls(h), self.reg(h)
-
-def several(path):
-    set_seed(0)
-    g = torch.Generator().manual_seed(0)
-    im,tab = torch.randn(64,3,12,12, generator=g),torch.randn(64,5, generator=g)
-    return learner(Two(), (im, tab), (torch.randint(0,3,(64,), generator=g), tab.sum(1, keepdim=True)), path, loss_func=lambda p, a, b: F.cross_entropy(p[0], a)+F.mse_loss(p[1], b))
-
-MAKERS = [tabular, text_learner, vision, unet, several]
+MAKERS = [tabular, text_learner, vision, unet, two_learner]
 
 def answer(learn):
     if hasattr(learn.model, 'reset'): learn.model.reset()
@@ -62,7 +47,7 @@ def test_after_training(make, profile, tmp_path):
     learn.dequantize()
     assert list(learn.model.state_dict())==keys and torch.equal(answer(learn), want)
 
-@pytest.mark.parametrize('make', [tabular, vision, unet, several], ids=lambda m: m.__name__)
+@pytest.mark.parametrize('make', [tabular, vision, unet, two_learner], ids=lambda m: m.__name__)
 def test_while_training(make, tmp_path):
     learn = make(tmp_path)
     learn.fit(1, 1e-3, cbs=QATCallback(w_bits=4, learned=True))

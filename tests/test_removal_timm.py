@@ -1,11 +1,10 @@
 "Half the channels of a cross-section of timm's models: runs, trains, exact. The whole list is benchmarks/channels_sweep.py"
 import copy, warnings
 import pytest, timm, torch
-from torch import nn
 from fastcompress.measure.count import count_macs
 from fastcompress.prune.channels import find_groups
 from fastcompress.prune.plan import plan_from_json, plan_to_json
-from fastcompress.prune.remove import plan_of, remove, remove_, twin
+from fastcompress.prune.remove import plan_of, remove, remove_
 from fastcompress.prune.select import select
 
 pytestmark = pytest.mark.usefixtures('one_thread')

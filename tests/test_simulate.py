@@ -1,12 +1,12 @@
 "The simulation: every profile on real models, in training and under fastai's circumstances; nothing left behind"
-import copy, json, pickle, warnings
+import copy, json, pickle
 from dataclasses import replace
 import pytest, timm, torch, torch.nn.functional as F
 from torch import nn
 from fastcompress.core import call
 from fastcompress.measure.quality import sqnr
 from fastcompress.quantize.affine import fake_quant
-from fastcompress.quantize.place import place, profiles, record
+from fastcompress.quantize.place import profiles
 from fastcompress.quantize.simulate import attach_, calibrate_, release_, sim_mode, simulate_, simulation, simulation_from_dict, simulation_to_dict, site_sqnr
 
 pytestmark = pytest.mark.usefixtures('one_thread')
