@@ -32,7 +32,7 @@ def ours(model, batches, x, want, profile):
     with_grad = sum(p.grad is not None for p in model.parameters())/len(list(model.parameters()))
     return dict(row, problem=None if loss.isfinite() and all(g.isfinite().all() for g in grads) and with_grad>.5 else f'loss {loss.item():.3g}, gradients finite {all(g.isfinite().all() for g in grads)}, {with_grad:.0%} have one')
 
-def fx(model, batches, x, want, limit):
+def fx(model, batches, x, want, limit, save=None):
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
     was,torch.backends.quantized.engine = torch.backends.quantized.engine,'qnnpack'
@@ -43,7 +43,7 @@ def fx(model, batches, x, want, limit):
             for b in batches: m(b)
             m = convert_fx(m)
             got = tensors(m(x))
-        return dict(db=min(float(sqnr(a, b)) for a,b in zip(want, got)))
+        return dict(db=min(float(sqnr(a, b)) for a,b in zip(want, got)), **(save(m) if save else {}))
     except Late: return dict(error=f'not done in {limit:g} s')
     except Exception as e: return dict(error=type(e).__name__)
     finally:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['calibration_dl', 'training_batches', 'calibration_batches', 'PTQCallback', 'preprocessing']
 
-# %% ../../nbs/callback/01_quantize.ipynb #3a7cf4c6
-import copy,random
+# %% ../../nbs/callback/01_quantize.ipynb #321f298c
+import copy,math,random
 from inspect import signature
 from weakref import WeakKeyDictionary
 
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.vision.augment import RandomResizedCrop, Resize
 from fastcore.basics import patch
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .hold import bare
-from ..core import as_args, fork_rng, near
-from ..deploy.mobile import ExportReport, export_mobile
+from ..core import as_args, check_writable, fork_rng, near
+from ..deploy.mobile import ExportReport, export_mobile, formats
 from ..prune.remove import reestimate_norms_
 from ..quantize.repair import Repaired, _to_model
 from ..quantize.search import ptq_, set_aside
@@ -156,33 +156,63 @@ class PTQCallback(Callback):
         x = _to_model(model, _given(self.learn, s['dl'], 1)[0])
         with set_aside(model): simulate_(model, x, *(s[k] for k in ('profile','w_bits','a_bits','observer','weight_observer','per_channel','mode')))
 
-# %% ../../nbs/callback/01_quantize.ipynb #94d468f4
+# %% ../../nbs/callback/01_quantize.ipynb #39d6eaa3
 def preprocessing(dls:DataLoaders)->dict: # JSON-able
-    "What `dls` does to an image before the model sees it, as far as a phone has to repeat it"
+    "What `dls` does to an image before the model sees it, as far as a phone has to repeat it; nothing of what isn't an image"
+    batch,item = dls.valid.after_batch.fs,dls.valid.after_item.fs
+    bytes_ = next((t for t in batch if isinstance(t, IntToFloatTensor)), None)
+    if bytes_ is None: return {}
     out = dict(layout='NCHW', channel_order='RGB', range=[0, 1])
-    norm = next((t for t in dls.valid.after_batch.fs if isinstance(t, Normalize)), None)
+    norm = next((t for t in batch if isinstance(t, Normalize)), None)
     if norm is not None: out['normalize'] = dict(mean=norm.mean.flatten().tolist(), std=norm.std.flatten().tolist())
-    resize = next((t for t in dls.valid.after_item.fs if isinstance(t, (Resize, RandomResizedCrop))), None)
-    if resize is not None: out['resize'] = dict(size=[int(s) for s in resize.size], method=str(getattr(resize, 'method', 'crop')))
+    resize = next((t for t in item if isinstance(t, (Resize, RandomResizedCrop))), None)
+    if resize is not None: out['resize'] = _resize_of(resize)
     return out
+
+def _resize_of(t)->dict:
+    "What a fastai resize does in validation; sizes are height, width, as in a tensor (fastai keeps width, height)"
+    size = [int(s) for s in t.size[::-1]]
+    if not isinstance(t, RandomResizedCrop): return dict(size=size, method=str(t.method))
+    more = math.ceil(max(size)*t.val_xtra/8)*8 # fastai squeezes the whole picture into this much more, then cuts out the middle
+    return dict(size=size, method='squish', resize_to=[s+more for s in size])
+
+def _of_channels(prep, x):
+    "`prep` for the channels that the model really takes"
+    if 'channel_order' not in prep or x.ndim!=4: return prep
+    return {**prep, 'channel_order':{1:'L', 3:'RGB'}.get(x.shape[1], f'{x.shape[1]} channels')}
 
 def _labels(dls):
     vocab = getattr(dls, 'vocab', None)
     if vocab is None: return None
     return list(vocab[-1]) if len(vocab) and isinstance(vocab[-1], (list, tuple)) else list(vocab)
 
+def _norm_of(prep)->tuple:
+    "Mean and deviation that `dls` normalises with"
+    if 'normalize' not in prep: raise ValueError("normalise=True: these DataLoaders have no Normalize, there is nothing to move into the file.")
+    return prep['normalize']['mean'],prep['normalize']['std']
+
 @patch
 def export_mobile(self:Learner,
                   path,               # folder to create; a bundle already there is replaced
-                  engine='qnnpack',   # whose integer kernels
-                  format:str='ptl',   # file format
+                  engine=None,        # whose integer kernels; None is the format's own, 'qnnpack' for ptl
+                  format:str='ptl',   # file format: 'ptl', 'pte' for ExecuTorch, 'onnx' for onnxruntime
                   strict:bool=False,  # raise if any operation would stay in float
                   n_batches:int=16,   # calibration batches, if the model isn't quantized yet
+                  fallback=True,      # what becomes of operations without an integer kernel, see `export_mobile`
+                  normalise=False,    # True: the file normalises by itself, as `dls` does, and takes pixels from 0 to 1; or (mean, std)
+                  batch:int=None,     # bind the file to a batch of so many; None leaves the batch open
+                  dl=None,            # batches to calibrate with, or, if the model is quantized, to take the golden input from; the training data by default
                  )->ExportReport:
     "Write a verified bundle for a phone; the Learner and its model stay as they are"
-    sim = simulation(self.model)
-    batches = calibration_batches(self.dls, 1 if sim is not None else n_batches)
-    model = copy.deepcopy(self.model).cpu()
+    inner = bare(self.model)
+    sim = simulation(inner)
+    ranges = sim is not None and sim.calibrated
+    fmt = formats.resolve(format)
+    fmt.target(engine); check_writable(path, 'input.json') # before any data is read
+    prep = preprocessing(self.dls)
+    if normalise is True: normalise = _norm_of(prep)
+    batches = _given(self, dl, 1 if ranges else n_batches)
+    model = copy.deepcopy(inner).cpu()
     cpu = [tuple(o.cpu() if isinstance(o, Tensor) else o for o in b) for b in batches]
-    return export_mobile(model, cpu[0], path, calibration=None if sim is not None else cpu, engine=engine, format=format, strict=strict,
-                         labels=_labels(self.dls), preprocess=preprocessing(self.dls), n_batches=n_batches, show=not _silent(self))
+    return export_mobile(model, cpu[0], path, calibration=None if ranges else cpu, engine=engine, format=format, strict=strict, labels=_labels(self.dls),
+                         preprocess=_of_channels(prep, cpu[0][0]), n_batches=n_batches, show=not _silent(self), fallback=fallback, normalise=normalise, batch=batch)

@@ -51,7 +51,7 @@ def put(gm:fx.GraphModule,
     n.meta.update(before.meta)
     return n
 
-# %% ../../nbs/deploy/00_capture.ipynb #29e125b1
+# %% ../../nbs/deploy/00_capture.ipynb #7bbc1ab1
 _noops = {'dropout', 'detach', 'detach_', 'alias', 'lift_fresh_copy', 'feature_dropout', 'dropout_'}
 
 def _functional(gm):
@@ -64,6 +64,20 @@ def _functional(gm):
         packet = getattr(torch.ops.aten, name[:-1], None)
         if packet is None or n.target._overloadname not in packet.overloads(): continue
         n.target = getattr(packet, n.target._overloadname)
+
+def _numbers_for_padding(gm):
+    "Convolutions with padding='same' or 'valid' as ones with numbers; an odd sum is padded in front of them"
+    for n in list(gm.graph.nodes):
+        if not (n.op=='call_function' and op_of(n) in ('conv1d','conv2d','conv3d') and n.target._overloadname=='padding'): continue
+        d = int(op_of(n)[-2])
+        x,w,b,stride,padding,dilation,groups = (*n.args, *(None, [1], 'valid', [1], 1)[len(n.args)-2:])
+        dilation = list(dilation)*(d if len(dilation)==1 else 1)
+        total = [l*(int(k)-1) if padding=='same' else 0 for l,k in zip(dilation, w.meta['val'].shape[2:])]
+        if any(t%2 for t in total):
+            with gm.graph.inserting_before(n): x = gm.graph.call_function(torch.ops.aten.pad.default, (x, [p for t in reversed(total) for p in (t//2, t-t//2)]))
+            with torch.no_grad(): x.meta.update(n.meta, val=torch.ops.aten.pad.default(n.args[0].meta['val'], x.args[1]))
+            total = [0]*d
+        n.target,n.args = getattr(torch.ops.aten, op_of(n)).default,(x, w, b, list(stride), [t//2 for t in total], dilation, groups)
 
 def _merge_quantize(gm):
     "One node where the same tensor is rounded several times to the same grid"
@@ -84,6 +98,7 @@ def tidy_(gm:fx.GraphModule)->fx.GraphModule:
             n.replace_all_uses_with(n.args[0])
             gm.graph.erase_node(n)
     _functional(gm)
+    _numbers_for_padding(gm)
     _merge_quantize(gm)
     return clean_(gm)
 

@@ -113,9 +113,10 @@ class Noise(nn.Module):
         y = fake_quant(x, _fixed(q)) if self.inner is None else self.inner(q, x)
         return torch.where(self.mask(x), y, x.float()) if self.training and self.p<1 else y
 
-# %% ../../nbs/quantize/04_learned.ipynb #25804cea
+# %% ../../nbs/quantize/04_learned.ipynb #edc39c94
 class LSQ(nn.Module):
     "A learned step (Esser et al. 2020): `q.how` of a quantizer whose scale is learned"
+    plain = True # in eval mode it rounds to the grid, and that is all
     def __init__(self,
                  q:Quantizer,      # calibrated
                  init:str='grid',  # where to begin: 'grid', the calibrated step, or 'lsq', the paper's 2 mean|v|/sqrt(Q_P) of the first batch
@@ -154,7 +155,7 @@ def base(q:Quantizer): # `LSQ`, `MovingRange`, `WeightRange` or None
     "What moves the grid of `q`"
     return q.how.inner if isinstance(q.how, Noise) else q.how
 
-# %% ../../nbs/quantize/04_learned.ipynb #d7c123b5
+# %% ../../nbs/quantize/04_learned.ipynb #f373833e
 def grid_ends(qp:QParams)->Tensor: # [2] or [2, C]
     "The smallest and the largest real on a grid"
     return torch.stack([(qp.qmin-qp.zero_point)*qp.scale, (qp.qmax-qp.zero_point)*qp.scale])
@@ -181,6 +182,7 @@ def watch_calls(placement:Placement,
 
 class MovingRange(nn.Module):
     "Follows the range of activations while training"
+    plain = True # in eval mode it rounds to the grid, and that is all
     def __init__(self,
                  q:Quantizer,          # calibrated
                  momentum:float=0.1,   # weight of the newest batch, above 0, at most 1
@@ -251,9 +253,10 @@ def newton_clip(w:Tensor, c:Tensor, qmax:int,
     for _ in range(n): c = clip_step(mag, c, qmax)
     return c
 
-# %% ../../nbs/quantize/04_learned.ipynb #54def329
+# %% ../../nbs/quantize/04_learned.ipynb #02b32fe0
 class WeightRange(nn.Module):
     "Finds the range of a weight anew while training"
+    plain = True # in eval mode it rounds to the grid, and that is all
     def __init__(self,
                  kind='mse',    # 'mse' is two Newton steps a time; otherwise a name in `weight_observers` or a function
                  every:int=8,   # batches from one search to the next

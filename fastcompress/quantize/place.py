@@ -134,7 +134,7 @@ def record(model:nn.Module,
         if isinstance(origin.get(id(t)), tuple): sites[origin[id(t)][0]].users.append('')
     return sites
 
-# %% ../../nbs/quantize/02_place.ipynb #2d44f000
+# %% ../../nbs/quantize/02_place.ipynb #cb91a400
 @dataclass(frozen=True)
 class Profile:
     "Which operations a target runs on integers"
@@ -147,6 +147,9 @@ class Profile:
     add_ratio:tuple = (0., float('inf')) # operand scale / output scale of an add must lie in [lo, hi)
     fixed:dict = field(default_factory=lambda: dict(fixed_ranges)) # operation -> (lo, hi) of its result
     per_channel:tuple = _contractions # operations whose weights may have a scale for each channel
+    eager:bool = True        # round float tensors for the sake of operations that could run on integers?
+    exact:bool = False       # is its arithmetic known to the bit? Then the simulation computes as it does: see `quantize.exact`
+    quiet:tuple = ()         # operations that go on integers only if all their readers round what they read
 
     def role(self, s:Site)->tuple[str,str]: # role ('float' if it has none) and the reason when it is 'float'
         "How site `s` runs, and why if in float"
@@ -164,14 +167,13 @@ class Profile:
 fixed_ranges = dict(sigmoid=(0., 1.), hardsigmoid=(0., 1.), softmax=(0., 1.), tanh=(-1., 1.))
 profiles = Registry('profile')
 
-# %% ../../nbs/quantize/02_place.ipynb #1e9c49bc
+# %% ../../nbs/quantize/02_place.ipynb #26b670c1
 def _arg(s:Site, i:int, name:str, default=None):
     "Argument of a recorded call, by position or name"
     a = s.info['args']
     return a[i] if len(a)>i else s.info['kwargs'].get(name, default)
 
 def _conv_limit(s):
-    if s.op!='linear' and isinstance(_arg(s, 4, 'padding', 0), str): return 'padding given as a string'
     if s.inputs.get(0)=='const': return 'it reads no input, only parameters'
     if s.inputs.get(1)!='const': return 'its weight is computed from the input'
     if s.weight_shape is None or len(s.weight_shape)<2: return 'its weight is a vector'
@@ -201,17 +203,24 @@ def _mean_limit(s):
     dims = sorted(d%4 for d in ([dims] if isinstance(dims, int) else dims)) if dims is not None and len(s.info['args'][0])==4 else dims
     if dims!=[2,3]: return 'mean over other than the two spatial dimensions'
 
+def _norm_limit(s):
+    if s.inputs.get(0)=='const': return 'it reads no input, only parameters'
+    if _arg(s, 1, 'running_mean') is None or _arg(s, 5, 'training', False): return 'BatchNorm by the statistics of the batch'
+
 def _dropout_limit(s):
     if _arg(s, 2, 'training', False): return 'dropout in training mode'
 
+def _clamp_limit(s):
+    if any(i in s.inputs for i in (1,2)) or any(isinstance(v, Tensor) for v in s.info['kwargs'].values()): return 'its ends are tensors'
+
 def _pad_limit(s):
     if _arg(s, 2, 'mode', 'constant')!='constant': return None # reflection and replication copy what is there
-    if _arg(s, 3, 'value', 0) not in (0, None): return 'padding with a number that the grid may not hold'
+    if _arg(s, 3, 'value', 0) not in (0, None, -float('inf')): return 'padding with a number that the grid may not hold' # minus infinity, before a max pooling, is the lowest integer
 
 def _interpolate_limit(s):
     if _arg(s, 3, 'mode', 'nearest')!='nearest': return 'interpolation other than to the nearest'
 
-# %% ../../nbs/quantize/02_place.ipynb #d16145d0
+# %% ../../nbs/quantize/02_place.ipynb #69cda2c8
 def has_vnni()->bool:
     "Can this processor multiply bytes and sum into 32 bits in one instruction?"
     try: return any(f in open('/proc/cpuinfo').read() for f in ('avx512_vnni','avx_vnni'))
@@ -222,23 +231,30 @@ _picks = 'split chunk unbind select narrow getitem unflatten movedim expand flip
 _moves = dict.fromkeys(['max_pool2d', *_views], 'move')
 _more_moves = dict.fromkeys(['max_pool2d','max_pool1d','adaptive_max_pool2d','pad','interpolate', *_views, *_picks], 'move')
 _contract = dict.fromkeys(_contractions, 'contract')
-_clamps = dict.fromkeys(['relu','relu6','hardtanh'], 'clamp')
+_clamps = dict.fromkeys(['relu','relu6','hardtanh','clamp'], 'clamp')
 _averages = dict.fromkeys(['adaptive_avg_pool2d','avg_pool2d','mean'], 'average')
 _limits = dict(**dict.fromkeys(_contractions, _conv_limit), add=_add_limit, sub=_add_limit, mul=_two_limit, matmul=_two_limit, bmm=_two_limit, scaled_dot_product_attention=_two_limit,
-               cat=_cat_limit, avg_pool2d=_avg_pool_limit, mean=_mean_limit, dropout=_dropout_limit, pad=_pad_limit, interpolate=_interpolate_limit,
+               cat=_cat_limit, batch_norm=_norm_limit, avg_pool2d=_avg_pool_limit, mean=_mean_limit, clamp=_clamp_limit, dropout=_dropout_limit, pad=_pad_limit, interpolate=_interpolate_limit,
                **dict.fromkeys('sigmoid hardsigmoid hardswish softmax tanh layer_norm group_norm instance_norm leaky_relu elu gelu silu mish'.split(), _reads_limit))
 _products = dict.fromkeys(['matmul','bmm'], 'product')
 _unary = dict.fromkeys('hardswish leaky_relu elu layer_norm group_norm instance_norm'.split(), 'unary')
 _known = dict.fromkeys(['sigmoid','hardsigmoid','softmax','tanh'], 'fixed')
 
-profiles['qnnpack'] = Profile('qnnpack', dict(conv2d='contract', linear='contract', add='combine', batch_norm='norm', **_clamps, **_averages, **_moves), _limits, add_ratio=(2.**-14, 2.**8))
-profiles['x86'] = Profile('x86', dict(**_contract, **_products, add='combine', mul='combine', cat='join', batch_norm='norm', **_clamps, **_averages, **_unary, **_known, **_more_moves), _limits,
-                          a_bits=8 if has_vnni() else 7, per_channel=('conv1d','conv2d','conv3d','linear'))
-profiles['xnnpack'] = Profile('xnnpack', dict(**_contract, add='combine', mul='combine', cat='share', batch_norm='norm', **_clamps, adaptive_avg_pool2d='average', **_moves), _limits)
-profiles['onnx'] = Profile('onnx', dict(**_contract, **_products, scaled_dot_product_attention='product', add='combine', sub='combine', mul='combine', cat='share', batch_norm='norm', **_clamps, **_averages,
-                                        **_unary, gelu='unary', silu='unary', mish='unary', **_known, **_more_moves), _limits, most=16)
+_norms = 'layer_norm','group_norm','instance_norm'
+_all = dict(**{o: r for o,r in _contract.items() if o not in ('conv3d','conv_transpose1d','conv_transpose3d')}, **dict.fromkeys(['add','mul'], 'combine'), cat='join', batch_norm='norm', **_clamps, **_averages, **_unary, **dict.fromkeys(['sigmoid','hardsigmoid','tanh','softmax'], 'fixed'), **_more_moves)
+_torch = {o: r for o,r in _all.items() if o not in (*_norms, 'softmax')} # measured: a float island is as fast as their kernels, and rounds less
+profiles['qnnpack'] = Profile('qnnpack', _torch, _limits, add_ratio=(2.**-14, 2.**8), eager=False, exact=True)
+profiles['x86'] = Profile('x86', _torch, _limits, a_bits=8 if has_vnni() else 7, per_channel=('conv1d','conv2d','conv3d','linear'), eager=False)
+profiles['fbgemm'] = replace(profiles['x86'], name='fbgemm')
+profiles['onednn'] = replace(profiles['x86'], name='onednn', roles={o: r for o,r in _torch.items() if 'transpose' not in o or r!='contract'})
+profiles['qnnpack_all'] = replace(profiles['qnnpack'], name='qnnpack_all', roles=_all, quiet=_norms)
+profiles['x86_all'] = replace(profiles['x86'], name='x86_all', roles=_all, quiet=_norms)
+_own = dict.fromkeys(['adaptive_avg_pool2d','mean'], 'unary') # averages on a grid of their own, finer than that of what they average
+profiles['xnnpack'] = Profile('xnnpack', dict(**_contract, **dict.fromkeys(['add','sub','mul'], 'combine'), cat='share', batch_norm='norm', **_clamps, **_own, **{o: r for o,r in _more_moves.items() if o!='interpolate'}), _limits, eager=False)
+profiles['onnx'] = Profile('onnx', dict(**_contract, **_products, scaled_dot_product_attention='product', **dict.fromkeys(['add','sub','mul'], 'combine'), cat='share', batch_norm='norm', **_clamps, **_own, avg_pool2d='unary',
+                                        **_unary, **dict.fromkeys(['gelu','silu','mish', *_known], 'unary'), **_more_moves), _limits, most=16, eager=False)
 
-# %% ../../nbs/quantize/02_place.ipynb #c00c8f1d
+# %% ../../nbs/quantize/02_place.ipynb #666640ea
 @dataclass
 class Spot:
     "The quantizers of one site, by key"
@@ -248,6 +264,8 @@ class Spot:
     watch:bool = False      # is the result what the output's quantizer watches while calibrating? Not if it only shares a grid
     norm:str|None = None    # BatchNorm site that is folded into the weight before rounding
     folds:str|None = None   # contraction site whose BatchNorm this is
+    reads:list = field(default_factory=list) # of an operation on bytes: keys of the grids that its operands lie on
+    tail:list = field(default_factory=list)  # names of the sites that fuse into it, in order
 
 @dataclass
 class Weight:
@@ -269,18 +287,42 @@ class Placement:
 
     def spot(self, name): return self.spots.setdefault(name, Spot())
 
-def _tail(s, sites, profile, norm=True):
-    "Last site of the chain that fuses into `s`, and the sites on the way"
-    chain,stage = [s],0
+def _channel_axis(s): return len(s.shapes[0])-(1 if s.op=='linear' else int(s.op[-2])+1)
+
+def _is_scale(s, at:int, axis:int)->bool: # `at`: which operand is scaled
+    "Does `s` multiply by a number, or by a stored number for each position of `axis`?"
+    if s.op!='mul' or {**s.inputs, at:None}.get(1-at) not in (None, 'const') or s.inputs.get(1-at)==s.inputs[at]: return False
+    c = _arg(s, 1-at, 'other')
+    if s.inputs.get(1-at)!='const': return isinstance(c, (int, float)) and not isinstance(c, bool)
+    n = len(s.shapes[0])
+    return isinstance(c, tuple) and len(c)<=n and all(d==1 or i==axis for i,d in enumerate((1,)*(n-len(c))+c))
+
+def _moved(s, axis:int)->int|None: # None if it is no such operation
+    "Where `axis` is after a dropout, permutation or transposition"
+    n,dims = len(s.shapes[0]),s.info['args'][1:]
+    if s.op=='dropout': return axis
+    if s.op=='permute': return [d%n for d in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)].index(axis) if dims else None
+    if s.op=='transpose' and len(dims)==2: return {dims[0]%n: dims[1]%n, dims[1]%n: dims[0]%n}.get(axis, axis)
+
+def _tail(s, sites, profile, norm=True, scale=False):
+    "The calls that fuse into `s`, in order: BatchNorm (`norm`), factors of channels (`scale`: layer scale), clamps"
+    chain,moves,stage,axis = [s],[],0,_channel_axis(s) if scale else None
     while len(s.users)==1 and s.users[0]!='':
         nxt = sites[s.users[0]]
-        role,_ = profile.role(nxt)
-        if nxt.inputs.get(0)!=(s.name,0): break
-        if   role=='norm' and stage==0 and norm: stage = 1
-        elif role=='clamp': stage = 2
+        role,why = profile.role(nxt)
+        at = next((i for i in (0,1) if nxt.inputs.get(i)==(s.name,0)), None)
+        if at is None: break
+        if at==0 and role=='norm' and stage==0 and norm and not moves and _channel_axis(chain[0])==1: stage = 1
+        elif scale and stage<2 and _is_scale(nxt, at, axis): stage = 1
+        elif scale and stage<2 and at==0 and (to := _moved(nxt, axis)) is not None and why!='dropout in training mode':
+            axis,s = to,nxt
+            moves.append(nxt)
+            continue
+        elif at==0 and role=='clamp' and not moves: stage = 2
         else: break
         s = nxt
-        chain.append(s)
+        chain += [*moves, s]
+        moves = []
     return chain
 
 _operands = dict(contract=(0,), unary=(0,), fixed=(0,), combine=(0,1), product=(0,1))
@@ -313,9 +355,29 @@ class _Placer:
         self.p.acts.append(out)
         self.p.layers[out] = s.layer
         return out
+    def many(self, s)->bool:
+        "May the weight of `s` have a scale for each output channel? Groups of a transposed convolution share theirs"
+        return self.per_channel and s.op in self.profile.per_channel and not ('transpose' in s.op and _arg(s, 6, 'groups', 1)!=1)
+    def chain(self, s, role):
+        "What fuses into `s`"
+        if role=='fixed': return [s]
+        many = role=='contract' and self.many(s)
+        return _tail(s, self.sites, self.profile, many or role=='contract' and 'transpose' not in s.op, many)
+    def rounded(self, s)->bool:
+        "Is the result of `s` read by contractions alone, so that it is rounded anyway?"
+        def _one(n):
+            u = self.sites.get(n) # '' is the model's output
+            role = u and self.profile.role(u)[0]
+            return role=='contract' and u.inputs.get(1)!=(s.name,0) or role in ('move','clamp') and self.rounded(u)
+        return bool(s.users) and all(map(_one, s.users))
+    def float_reason(self, s, role)->str:
+        "Why `s` should stay in float, though there is a kernel; '' if it shouldn't"
+        operands = [i for i in s.inputs if isinstance(i, tuple)] if role in ('join','share') else _operands.get(role, ())
+        if role!='contract' and not self.profile.eager and not all(s.inputs.get(i) in self.grid for i in operands): return 'what it reads is in float'
+        return 'its result is not rounded otherwise: bytes would only add an error' if s.op in self.profile.quiet and not self.rounded(s) else ''
     def weigh(self, s, chain):
         axis = 1 if 'transpose' in s.op else 0
-        many = self.per_channel and s.op in self.profile.per_channel
+        many = self.many(s)
         spot,key = self.p.spot(s.name),f'{s.name}.weight'
         spot.weight,self.p.weights[key],self.p.layers[key] = key,Weight(s.weight_shape[axis] if many else None, axis, s.weight_name),s.layer
         if not many and axis==0 and len(chain)>1 and self.profile.role(chain[1])[0]=='norm': # one scale for all must be that of the folded weight
@@ -333,22 +395,26 @@ class _Placer:
     def site(self, s):
         role,why = self.profile.role(s)
         on_grid = s.inputs.get(0) in self.grid
+        if role=='norm' and not self.profile.eager: role = 'unary' # it stands alone
+        if role in (*_operands, 'join', 'share') and (not_now := self.float_reason(s, role)): role,why = 'float',not_now
         if role in _operands:
             read = [self.reader(s, i) for i in _operands[role]]
             if s.op=='scaled_dot_product_attention': self.reader(s, 2)
-            chain = _tail(s, self.sites, self.profile, role=='contract') if role!='fixed' else [s]
+            chain = self.chain(s, role)
             if role=='contract': self.weigh(s, chain)
+            if role!='product': self.p.spot(s.name).reads,self.p.spot(s.name).tail = read,[o.name for o in chain[1:]]
             out = self.write(s, chain)
             if role=='fixed': self.p.fixed[out] = self.profile.fixed[s.op]
             if s.op in ('add','sub'): self.p.adds.append((read, out))
         elif role=='share': self.share(s)
         elif role=='join':
             for i in [i for i in s.inputs if isinstance(i, tuple)]: self.reader(s, i)
-            self.write(s, _tail(s, self.sites, self.profile, False))
+            self.write(s, self.chain(s, role))
         elif role=='move' and on_grid:
             for i in range(len(s.shapes)): self.grid[(s.name,i)] = self.grid[s.inputs[0]]
         elif role in ('average','clamp') and on_grid:
             self.p.spot(s.name).output = self.grid[(s.name,0)] = self.grid[s.inputs[0]]
+            if role=='average': self.p.spot(s.name).reads = [self.grid[s.inputs[0]]]
         else: self.p.floats[s.name] = why or {'norm':'no convolution or linear layer before it to fold into'}.get(role, 'what it reads is in float')
     def run(self):
         for s in self.sites.values():
@@ -357,6 +423,7 @@ class _Placer:
         for spot in p.spots.values():
             spot.inputs = {i: self.root(k) for i,k in spot.inputs.items()}
             if spot.output: spot.output = self.root(spot.output)
+            spot.reads = [self.root(k) for k in spot.reads]
         p.adds = [([self.root(k) for k in read], self.root(out)) for read,out in p.adds]
         p.acts = [k for k in p.acts if k not in self.one]
         return p
@@ -376,7 +443,7 @@ def place(sites:dict[str,Site], # from `record`
     if mode=='static': return p
     acts = []
     for n,spot in p.spots.items():
-        spot.output,spot.watch = None,False
+        spot.output,spot.watch,spot.reads,spot.tail = None,False,[],[]
         key = f'{n}<0'
         spot.inputs = {0: key} if mode=='dynamic' and spot.weight else {}
         if spot.inputs:
