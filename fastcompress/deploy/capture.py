@@ -51,19 +51,57 @@ def put(gm:fx.GraphModule,
     n.meta.update(before.meta)
     return n
 
-# %% ../../nbs/deploy/00_capture.ipynb #7bbc1ab1
+# %% ../../nbs/deploy/00_capture.ipynb #35dd0d42
 _noops = {'dropout', 'detach', 'detach_', 'alias', 'lift_fresh_copy', 'feature_dropout', 'dropout_'}
 
+_views = set('view reshape slice select transpose permute unsqueeze squeeze expand flatten unflatten narrow alias detach unbind split split_with_sizes chunk getitem contiguous to t movedim diagonal as_strided'.split())
+
+def _base(n)->tuple: # (node, views from it to `n`)
+    "The tensor whose memory `n` may share"
+    chain = []
+    while op_of(n) in _views: chain,n = [n, *chain],n.args[0]
+    return n, chain
+
+def _aliases(n)->set:
+    "`n` and everything that may share its memory"
+    found = {n}
+    for u in n.users:
+        if op_of(u) in _views and u.args[0] is n: found |= _aliases(u)
+    return found
+
+def _like(gm, target, args, kwargs, like):
+    new = gm.graph.call_function(target, args, kwargs)
+    new.meta.update(like.meta)
+    return new
+
+def _written(gm, n):
+    "What in-place node `n` writes, as an ordinary operation in front of it; `None` if there is none"
+    if op_of(n)=='copy_' and n.args[1].meta['val'].shape==n.args[0].meta['val'].shape and n.args[1].meta['val'].dtype==n.args[0].meta['val'].dtype: return n.args[1]
+    packet = getattr(torch.ops.aten, op_of(n)[:-1], None)
+    if packet is None or n.target._overloadname not in packet.overloads(): return None
+    return _like(gm, getattr(packet, n.target._overloadname), n.args, n.kwargs, n)
+
+_scatters = dict(slice=torch.ops.aten.slice_scatter.default, select=torch.ops.aten.select_scatter.default)
+
 def _functional(gm):
-    "Replace in-place operations by their ordinary twins"
+    "Replace in-place operations by ordinary ones; where a part of a tensor was written, by one that returns the whole"
     order = {n:i for i,n in enumerate(gm.graph.nodes)}
     for n in list(gm.graph.nodes):
         name = op_of(n)
         if not (name.endswith('_') and not name.endswith('__') and n.op=='call_function' and n.args): continue
-        if any(order[u]>order[n] for u in n.args[0].users if u is not n): continue
-        packet = getattr(torch.ops.aten, name[:-1], None)
-        if packet is None or n.target._overloadname not in packet.overloads(): continue
-        n.target = getattr(packet, n.target._overloadname)
+        base,chain = _base(n.args[0])
+        later = lambda o: [u for u in o.users if order.get(u, -1)>order[n]]
+        if base.op in ('placeholder','get_attr') or any(later(o) for o in _aliases(base)-{base, n.args[0]} if order.get(o, -1)<order[n]): continue # the caller's memory, or a view that is read afterwards
+        if later(base) and any(op_of(v) not in _scatters for v in chain): continue
+        with gm.graph.inserting_before(n):
+            if (out := _written(gm, n)) is None: continue
+            whole = out
+            for v in reversed(chain if later(base) else []):
+                if tuple(v.args[2:])!=(0, 2**63-1): whole = _like(gm, _scatters[op_of(v)], (v.args[0], whole, *v.args[1:]), {}, v.args[0])
+        for u in later(n.args[0]): u.replace_input_with(n.args[0], out)
+        for u in later(base): u.replace_input_with(base, whole)
+        n.replace_all_uses_with(out)
+        gm.graph.erase_node(n)
 
 def _numbers_for_padding(gm):
     "Convolutions with padding='same' or 'valid' as ones with numbers; an odd sum is padded in front of them"
