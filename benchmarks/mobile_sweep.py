@@ -11,7 +11,7 @@ apart, share of elements that differ; operations left in float.
 
     OMP_NUM_THREADS=1 python benchmarks/mobile_sweep.py --out benchmarks/results/mobile_sweep.md
 """
-import argparse, copy, gc, json, math, os, signal, statistics, subprocess, sys, tempfile, time, warnings
+import argparse, copy, gc, json, math, os, resource, signal, statistics, subprocess, sys, tempfile, time, warnings
 from collections import Counter
 from pathlib import Path
 warnings.filterwarnings('ignore')
@@ -110,6 +110,7 @@ def main():
     p.add_argument('--out'); p.add_argument('--rows', help='JSON lines, one a model, written as they come; a second run goes on')
     a = p.parse_args()
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (12<<30, 12<<30)) # a conversion that wants more has failed
     signal.signal(signal.SIGPROF, _late)
     listed = dict((l.split()+['224'])[:2] for l in (HERE/'timm_models.txt').read_text().splitlines() if l.strip() and not l.startswith('#'))
     names = a.models.split(',') if a.models else list(listed)

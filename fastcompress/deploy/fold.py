@@ -19,7 +19,7 @@ from ..measure.count import flush_subnormals_
 from ..measure.quality import sqnr
 from ..quantize.simulate import simulation
 
-# %% ../../nbs/deploy/01_fold.ipynb #fd35d05f
+# %% ../../nbs/deploy/01_fold.ipynb #81e82168
 _makers = {'arange', 'zeros', 'ones', 'full', 'linspace', 'eye', 'scalar_tensor'}
 
 def _is_stored(gm, n):
@@ -34,18 +34,35 @@ def _is_constant(n, known):
     ins = n.all_input_nodes
     return all(i in known for i in ins) if ins else op_of(n) in _makers
 
+def _nbytes(t): return t.numel()*t.element_size()
+
+def _swells(n, v:Tensor, known, stored)->bool:
+    "Does constant `v` of node `n` take much more room than what it is computed from, as a table of positions looked up for all pairs does?"
+    if _nbytes(v)<2**16: return False
+    leaves,todo,seen = set(),[n],set()
+    while todo:
+        o = todo.pop()
+        if o in seen: continue
+        seen.add(o)
+        if o in stored: leaves.add(o)
+        else: todo += o.all_input_nodes
+    return _nbytes(v)>2*sum(_nbytes(known[o]) for o in leaves)
+
 def fold_constants_(gm:fx.GraphModule)->fx.GraphModule:
-    "Replace every node that depends on stored tensors alone by its value, but keep integer weights integer"
+    "Replace every node that depends on stored tensors alone by its value, but keep integer weights integer, and leave to be computed what would swell the file"
     known,first = {n:get_tensor(gm, n) for n in gm.graph.nodes if _is_stored(gm, n)},{}
     for n in gm.graph.nodes:
         if n in known or not _is_constant(n, known): continue
         args,kwargs = fx.node.map_arg((n.args, n.kwargs), known.get)
         with torch.no_grad(): v = n.target(*args, **kwargs)
         if isinstance(v, Tensor) or (isinstance(v, (list, tuple)) and all(isinstance(t, Tensor) for t in v)): known[n] = first[n] = v
+    stored,stay = {n for n in known if n not in first},set()
+    for n in reversed(first):
+        if any(u not in first or u in stay for u in n.users) and isinstance(first[n], Tensor) and _swells(n, first[n], known, stored): stay.add(n)
     for n,v in first.items():
-        if not isinstance(v, Tensor) or all(u in first for u in n.users): continue
+        if n in stay or not isinstance(v, Tensor) or all(u in first and u not in stay for u in n.users): continue
         name = f'{layer_of(n) or "const"}.{"weight_int" if op_of(n).startswith("quantize") else op_of(n)}'
-        n.replace_all_uses_with(put(gm, name, v, before=n), delete_user_cb=lambda u: u not in first)
+        n.replace_all_uses_with(put(gm, name, v, before=n), delete_user_cb=lambda u: u not in first or u in stay)
     return clean_(gm)
 
 # %% ../../nbs/deploy/01_fold.ipynb #42916b56

@@ -134,7 +134,7 @@ def record(model:nn.Module,
         if isinstance(origin.get(id(t)), tuple): sites[origin[id(t)][0]].users.append('')
     return sites
 
-# %% ../../nbs/quantize/02_place.ipynb #cb91a400
+# %% ../../nbs/quantize/02_place.ipynb #ce6b356b
 @dataclass(frozen=True)
 class Profile:
     "Which operations a target runs on integers"
@@ -147,6 +147,7 @@ class Profile:
     add_ratio:tuple = (0., float('inf')) # operand scale / output scale of an add must lie in [lo, hi)
     fixed:dict = field(default_factory=lambda: dict(fixed_ranges)) # operation -> (lo, hi) of its result
     per_channel:tuple = _contractions # operations whose weights may have a scale for each channel
+    narrow:object = None     # f(site) -> width that its input may have at most, or None
     eager:bool = True        # round float tensors for the sake of operations that could run on integers?
     exact:bool = False       # is its arithmetic known to the bit? Then the simulation computes as it does: see `quantize.exact`
     quiet:tuple = ()         # operations that go on integers only if all their readers round what they read
@@ -220,7 +221,7 @@ def _pad_limit(s):
 def _interpolate_limit(s):
     if _arg(s, 3, 'mode', 'nearest')!='nearest': return 'interpolation other than to the nearest'
 
-# %% ../../nbs/quantize/02_place.ipynb #69cda2c8
+# %% ../../nbs/quantize/02_place.ipynb #c7ef4911
 def has_vnni()->bool:
     "Can this processor multiply bytes and sum into 32 bits in one instruction?"
     try: return any(f in open('/proc/cpuinfo').read() for f in ('avx512_vnni','avx_vnni'))
@@ -244,9 +245,10 @@ _norms = 'layer_norm','group_norm','instance_norm'
 _all = dict(**{o: r for o,r in _contract.items() if o not in ('conv3d','conv_transpose1d','conv_transpose3d')}, **dict.fromkeys(['add','mul'], 'combine'), cat='join', batch_norm='norm', **_clamps, **_averages, **_unary, **dict.fromkeys(['sigmoid','hardsigmoid','tanh','softmax'], 'fixed'), **_more_moves)
 _torch = {o: r for o,r in _all.items() if o not in (*_norms, 'softmax')} # measured: a float island is as fast as their kernels, and rounds less
 profiles['qnnpack'] = Profile('qnnpack', _torch, _limits, add_ratio=(2.**-14, 2.**8), eager=False, exact=True)
-profiles['x86'] = Profile('x86', _torch, _limits, a_bits=8 if has_vnni() else 7, per_channel=('conv1d','conv2d','conv3d','linear'), eager=False)
-profiles['fbgemm'] = replace(profiles['x86'], name='fbgemm')
-profiles['onednn'] = replace(profiles['x86'], name='onednn', roles={o: r for o,r in _torch.items() if 'transpose' not in o or r!='contract'})
+def _many_groups(s): return 7 if s.op in ('conv1d','conv2d') and _arg(s, 6, 'groups', 1)>100 else None # torch hands these to fbgemm, which sums pairs of products in 16 bits, with VNNI too
+profiles['x86'] = Profile('x86', {o: r for o,r in _torch.items() if not (has_vnni() and o=='conv_transpose2d')}, _limits, a_bits=8 if has_vnni() else 7, per_channel=('conv1d','conv2d','conv3d','linear'), eager=False, narrow=_many_groups) # with VNNI torch hands transposed convolutions to onednn, which computes them wrongly
+profiles['fbgemm'] = replace(profiles['x86'], name='fbgemm', roles=_torch, a_bits=7, narrow=None)
+profiles['onednn'] = replace(profiles['x86'], name='onednn', narrow=None, roles={o: r for o,r in _torch.items() if 'transpose' not in o or r!='contract'})
 profiles['qnnpack_all'] = replace(profiles['qnnpack'], name='qnnpack_all', roles=_all, quiet=_norms)
 profiles['x86_all'] = replace(profiles['x86'], name='x86_all', roles=_all, quiet=_norms)
 _own = dict.fromkeys(['adaptive_avg_pool2d','mean'], 'unary') # averages on a grid of their own, finer than that of what they average
@@ -254,7 +256,7 @@ profiles['xnnpack'] = Profile('xnnpack', dict(**_contract, **dict.fromkeys(['add
 profiles['onnx'] = Profile('onnx', dict(**_contract, **_products, scaled_dot_product_attention='product', **dict.fromkeys(['add','sub','mul'], 'combine'), cat='share', batch_norm='norm', **_clamps, **_own, avg_pool2d='unary',
                                         **_unary, **dict.fromkeys(['gelu','silu','mish', *_known], 'unary'), **_more_moves), _limits, most=16, eager=False)
 
-# %% ../../nbs/quantize/02_place.ipynb #666640ea
+# %% ../../nbs/quantize/02_place.ipynb #0fc4f657
 @dataclass
 class Spot:
     "The quantizers of one site, by key"
@@ -281,6 +283,7 @@ class Placement:
     acts:list = field(default_factory=list)    # keys of activation quantizers, in order
     weights:dict = field(default_factory=dict) # key of a weight quantizer -> Weight
     adds:list = field(default_factory=list)    # (keys of the operands' grids, key of the result's grid)
+    bits:dict = field(default_factory=dict)    # key of an activation quantizer -> width at most, where the engine wants it narrower
     floats:dict = field(default_factory=dict)  # site that stays in float -> reason
     fixed:dict = field(default_factory=dict)   # key of an activation quantizer -> (lo, hi), where the range is known
     layers:dict = field(default_factory=dict)  # key -> layer that makes what it rounds; of a tensor quantized on the way in, the layer that reads it
@@ -401,7 +404,9 @@ class _Placer:
             read = [self.reader(s, i) for i in _operands[role]]
             if s.op=='scaled_dot_product_attention': self.reader(s, 2)
             chain = self.chain(s, role)
-            if role=='contract': self.weigh(s, chain)
+            if role=='contract':
+                self.weigh(s, chain)
+                if self.profile.narrow and (most := self.profile.narrow(s)): self.p.bits[read[0]] = most
             if role!='product': self.p.spot(s.name).reads,self.p.spot(s.name).tail = read,[o.name for o in chain[1:]]
             out = self.write(s, chain)
             if role=='fixed': self.p.fixed[out] = self.profile.fixed[s.op]
@@ -425,6 +430,7 @@ class _Placer:
             if spot.output: spot.output = self.root(spot.output)
             spot.reads = [self.root(k) for k in spot.reads]
         p.adds = [([self.root(k) for k in read], self.root(out)) for read,out in p.adds]
+        p.bits = {self.root(k): b for k,b in p.bits.items()}
         p.acts = [k for k in p.acts if k not in self.one]
         return p
 
@@ -449,7 +455,7 @@ def place(sites:dict[str,Site], # from `record`
         if spot.inputs:
             acts.append(key)
             p.layers[key] = n.rpartition(':')[0]
-    p.acts,p.adds,p.fixed = acts,[],{}
+    p.acts,p.adds,p.fixed,p.bits = acts,[],{},{}
     return p
 
 # %% ../../nbs/quantize/02_place.ipynb #b39c5a88

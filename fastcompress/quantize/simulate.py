@@ -138,7 +138,7 @@ class Dynamic(nn.Module):
         lo,hi = torch.aminmax(x.detach())
         return fake_quant(x, affine_qparams(lo, hi, bits=q.bits))
 
-# %% ../../nbs/quantize/02_simulate.ipynb #e07d2917
+# %% ../../nbs/quantize/02_simulate.ipynb #2e482218
 def _wide(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 def widths(bits,          # a width, or {layer name, glob or key: width}; None is the profile's
@@ -186,6 +186,7 @@ class Simulation(nn.Module):
         self.exact = True # in eval mode without gradients, do the engine's own arithmetic where it is known
         self.placement,self.profile,self.mode,self.active,self.probe,self.calibrated,self.held,self.sums,self.paths,self.tails = placement,profile,'off',[],None,False,{},{},Paths(),Tails(placement)
         a = widths(a_bits, placement.acts, placement.layers, profile.a_bits, profile, 'a_bits')
+        a = {k: min(b, placement.bits.get(k, b)) for k,b in a.items()}
         w = widths(w_bits, placement.weights, placement.layers, profile.w_bits, profile, 'w_bits')
         qs = [Quantizer(k, a[k], None, observer, placement.fixed.get(k)) for k in placement.acts] + [Quantizer(k, w[k], o, weight_observer) for k,o in placement.weights.items()]
         self.quantizers = nn.ModuleDict({q.key.replace('.','/'):q for q in qs})

@@ -1,0 +1,61 @@
+"""Time of integer models over eager float, one thread, batch 1, 224 pixels, in turns.
+
+Random weights made fair (as in benchmarks/channels_sweep.py), calibrated on one batch. `x86` is engine='x86' with the default fallback, `fastest` is
+the same with fallback='fastest' (which measures on its own, before), `float folded` the float model captured and folded. qnnpack is made for ARM phones: its
+column says nothing about the time on one.
+
+    OMP_NUM_THREADS=1 python benchmarks/mobile_speed.py --out benchmarks/results/mobile_speed.md
+"""
+import argparse, copy, sys, warnings
+from collections import Counter
+from pathlib import Path
+warnings.filterwarnings('ignore')
+import timm, torch
+from fastcompress.cli import cpu_flags, environment
+from fastcompress.deploy.capture import capture
+from fastcompress.deploy.fallback import ladder
+from fastcompress.deploy.fold import fold_
+from fastcompress.measure.latency import ratio, time_interleaved
+from fastcompress.quantize.simulate import calibrate_, simulate_
+from channels_sweep import fair
+
+AIMS = dict(resnet18=.45, resnet50=.45, mobilenetv2_100=.55, mobilenetv3_large_100=.75, efficientnet_b0=.80, densenet121=.50, convnext_atto=.65, vit_tiny_patch16_224=.75)
+
+def one(name, rounds):
+    torch.manual_seed(0)
+    model,g = fair(timm.create_model(name), 224),torch.Generator().manual_seed(1)
+    x = torch.randn(1, 3, 224, 224, generator=g)
+    def graph():
+        gm = capture(model, x)
+        fold_(gm)
+        return gm
+    fs,forms = {'eager':model, 'float folded':graph()},{}
+    for engine,fallback in (('x86',True),('x86','fastest'),('qnnpack',True)):
+        m = copy.deepcopy(model)
+        simulate_(m, x, engine); calibrate_(m, [torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(2))], show=False)
+        done = ladder(capture(m, x), engine, (x,), fallback, float_graph=graph, show=False)
+        fs[k := engine if fallback is True else 'fastest'],forms[k] = done.model,done
+    t = time_interleaved(fs, x, n=rounds, warmup=5, threads=1)
+    return dict(name=name, ms=t['eager'].median, ratios={k: ratio(t[k], t['eager']) for k in fs if k!='eager'}, done=forms)
+
+def line(r):
+    def cell(k): return f"{r['ratios'][k].median:.3f} ({r['ratios'][k].q1:.3f}–{r['ratios'][k].q3:.3f})"
+    kept = [t['what'].removesuffix(' in float') for t in r['done']['fastest'].timings if t['kept']]
+    floats = Counter(i.op for i in r['done']['x86'].model.islands)
+    return (f"| {r['name']} | {r['ms']:.1f} | {cell('float folded')} | {cell('x86')} | {AIMS.get(r['name'], '')} | {cell('fastest')} | {', '.join(kept) or 'nothing'} | {cell('qnnpack')} | "
+            f"{', '.join(f'{v} {k}' for k,v in floats.most_common(4)) or 'nothing'} |")
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--models', default=','.join([*AIMS, 'regnety_002','ghostnet_100','inception_v3','swin_tiny_patch4_window7_224'])); p.add_argument('--rounds', type=int, default=30); p.add_argument('--out')
+    a = p.parse_args()
+    env = environment()
+    lines = ['# Time of integer models over eager float', '', '    OMP_NUM_THREADS=1 ' + ' '.join(['python benchmarks/mobile_speed.py', *sys.argv[1:]]), '', __doc__.split('\n\n')[1], '',
+             f"{env['CPU']} ({', '.join(sorted(cpu_flags()))}), torch {env['torch']}; {a.rounds} rounds; median of the ratios round by round, and quartiles.", '',
+             '| model | eager, ms | float folded | x86 | aim | fastest | it keeps in float | qnnpack | x86 in float |', '|'+'---|'*9]
+    for name in a.models.split(','):
+        lines.append(line(one(name, a.rounds)))
+        print(lines[-1], flush=True)
+        if a.out: Path(a.out).write_text('\n'.join(lines)+'\n')
+
+if __name__=='__main__': main()
