@@ -14,6 +14,7 @@ setup(
     author=cfg['author'], license=cfg['license'], python_requires='>=' + cfg['min_python'],
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
     packages=find_packages(include=['fastcompress', 'fastcompress.*']),
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(), extras_require={'onnx': cfg['onnx_requirements'].split(), 'executorch': cfg['executorch_requirements'].split(),
+                    'dev': ' '.join(cfg[f'{k}_requirements'] for k in ('dev','onnx','executorch')).split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
 )

@@ -56,7 +56,7 @@ def save_fx(folder, x):
         return dict(bytes=(folder/'fx.ptl').stat().st_size)
     return _save
 
-def one(name, size, limit, peer):
+def one(name, size, limit, peer, known=None):
     torch.manual_seed(0)
     model,g = fair(timm.create_model(name), size),torch.Generator().manual_seed(1)
     for p in model.parameters():
@@ -70,7 +70,7 @@ def one(name, size, limit, peer):
         except Late: row['ours'] = dict(error='not done in 600 s')
         except Exception as e: row['ours'] = dict(error=f'{type(e).__name__}: {e}'[:300])
         finally: signal.setitimer(signal.ITIMER_PROF, 0)
-        row['fx'] = fx(model, batches, x, want, limit, save_fx(Path(d), x)) if peer else {}
+        row['fx'] = known if known else fx(model, batches, x, want, limit, save_fx(Path(d), x)) if peer else {}
     return row
 
 def median(xs): return statistics.median(xs) if (xs := list(xs)) else float('nan')
@@ -107,6 +107,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--models', help='comma-separated names; by default the whole list'); p.add_argument('--part', help='i/n: every n-th model, from the i-th on')
     p.add_argument('--limit', type=float, default=60., help='CPU seconds that FX may take'); p.add_argument('--no-peer', action='store_true')
+    p.add_argument('--fx-rows', nargs='*', default=[], help="rows of earlier runs, whose FX results (which don't depend on this code) are taken over")
     p.add_argument('--out'); p.add_argument('--rows', help='JSON lines, one a model, written as they come; a second run goes on')
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -116,9 +117,10 @@ def main():
     names = a.models.split(',') if a.models else list(listed)
     if a.part: names = names[int(a.part.split('/')[0])::int(a.part.split('/')[1])]
     rows = [json.loads(l) for l in Path(a.rows).read_text().splitlines()] if a.rows and Path(a.rows).exists() else []
+    known = {r['name']: r['fx'] for f in a.fx_rows for r in map(json.loads, Path(f).read_text().splitlines()) if r['fx']}
     for name in names:
         if name in {r['name'] for r in rows}: continue
-        rows.append(one(name, int(listed.get(name, 224)), a.limit, not a.no_peer))
+        rows.append(one(name, int(listed.get(name, 224)), a.limit, not a.no_peer, known.get(name)))
         gc.collect()
         if a.rows: Path(a.rows).open('a').write(json.dumps(rows[-1])+'\n')
         print(name, {k: v for k,v in rows[-1]['ours'].items() if k!='floats'}, rows[-1]['fx'], file=sys.stderr, flush=True)

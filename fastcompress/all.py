@@ -13,7 +13,10 @@ from .core import layer_names, match_layers, weight_layers
 from .data import digits
 from .deploy.capture import capture
 from .deploy.checkpoint import describe_compressed, load_compressed, save_compressed
+from .deploy.emulate import compare_bits, emulate
 from .deploy.engines import engines, use_engine
+from .deploy.fallback import ladder
+from .deploy.fold import fold_input_norm, folded, reparameterise_
 from .deploy.lower import IntegerModel, check_ops, to_integer
 from .deploy.mobile import ExportReport, MobileModel, export_float, export_mobile, load_mobile, predict_fresh
 from .measure.count import (compressed_bytes, count_macs, file_bytes, flush_subnormals_, macs_by_layer, n_nonzero, n_params,

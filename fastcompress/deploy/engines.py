@@ -128,7 +128,7 @@ def safe_scales(ints:Tensor,      # int8 [C, ...], or with the C channels on `ax
     ratio = (s/new).view([-1 if i==axis else 1 for i in range(ints.ndim)])
     return torch.round(ints*ratio).to(torch.int8), new.float()
 
-# %% ../../nbs/deploy/02_engines.ipynb #932ccd0f
+# %% ../../nbs/deploy/02_engines.ipynb #2f8891d7
 @dataclass
 class Byte:
     "A value of the lowered graph that is held as bytes"
@@ -150,7 +150,10 @@ def _first(n): return n.args[:1]
 def _both(n): return n.args[:2]
 def _list(n): return list(n.args[0])
 def _never(low, n, q): return ''
-def _same_grid(low, n, q): return '' if tuple(q.args[1:3])==low.grid_of(n.args[0]) else 'an average on another grid than its input'
+def _same_grid(low, n, q):
+    src = n.args[0]
+    while op_of(src)!='dequantize': src = src.args[0]
+    return '' if tuple(q.args[1:3])==tuple(src.args[1:3]) else 'an average on another grid than its input'
 
 def kernel(*ops,          # names of operations, as `op_of` has them
            reads=_first,  # f(n) -> nodes that have to be bytes
