@@ -46,6 +46,7 @@ def test_timm(arch):
     assert sum(c.share for c in checks)/len(checks) < 0.002
     with torch.no_grad(): y_int = im(x)
     assert sqnr(y_float, y) > 12 and sqnr(y, y_int) > 12
+    if arch not in ('densenet121','repvgg_a0'): assert torch.equal(y, y_int), 'the simulation is the engine, bit for bit' # cat and BatchNorm kernels compute in float
     assert im.int_share > 0.95
     assert all(i.reason for i in im.islands)
     with torch.no_grad(): assert im(x[:1]).shape == (1,10), 'the batch stays open'
