@@ -501,3 +501,16 @@ def test_nothing_is_said_silently():
     for f in formats:
         page = readme({**info, 'format':f}, {})
         for l in languages: assert f'```{l.lower()}\n' in page
+
+
+def test_ranges_too_wide_for_an_engine(tmp_path):
+    "torch's x86 engine hands many groups to a kernel that saturates with 8 bits: a model simulated for qnnpack is not shipped to it as it is"
+    from fastcompress.deploy.engines import engines
+    if 'x86' not in torch.backends.quantized.supported_engines: pytest.skip('no x86 engine')
+    net,x = nn.Sequential(nn.Conv2d(3, 128, 1), nn.ReLU(), nn.Conv2d(128, 128, 3, groups=128), nn.Conv2d(128, 4, 1)).eval(),torch.randn(2, 3, 8, 8)
+    from fastcompress.quantize.simulate import calibrate_, simulate_
+    simulate_(net, x); calibrate_(net, [x], show=False)
+    with pytest.raises(ValueError, match='7 bits'): export_mobile(net, x, tmp_path/'p', engine='x86', show=False)
+    assert not (tmp_path/'p').exists()
+    r = export_mobile(net, x, tmp_path/'p', engine='x86', calibration=[x], show=False)
+    assert r.max_steps<=1 and r.islands==[]

@@ -7,7 +7,7 @@ __all__ = ['formats', 'scriptable_', 'slim_ptl', 'save_ptl', 'recording', 'captu
            'float_rows', 'Target', 'Written', 'Format', 'check_args', 'unfit', 'export_mobile', 'MobileModel',
            'load_mobile', 'predict_fresh']
 
-# %% ../../nbs/deploy/04_mobile.ipynb #4ae63a3d
+# %% ../../nbs/deploy/04_mobile.ipynb #4901dada
 import copy,io,json,logging,re,subprocess,sys,tempfile,warnings,zipfile,zlib
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr
@@ -33,7 +33,7 @@ from .snippets import describe_file, readme
 from ..measure.count import flush_subnormals_, n_subnormal
 from ..measure.quality import agreement, sqnr
 from ..measure.report import Report, decibel, nbytes, percent
-from ..quantize.place import place, profiles, record
+from ..quantize.place import Placement, place, profiles, record
 from ..quantize.simulate import Simulation, calibrate_, release_, sim_mode, simulate_, simulation
 
 # %% ../../nbs/deploy/04_mobile.ipynb #1ef00b09
@@ -412,7 +412,7 @@ def _of_batch(args, n):
     "Inputs with `n` samples, the given ones over and over"
     return tuple(a[torch.arange(n)%len(a)] for a in args)
 
-# %% ../../nbs/deploy/04_mobile.ipynb #fca8f80f
+# %% ../../nbs/deploy/04_mobile.ipynb #cba7cc5e
 def unfit(sim:Simulation, # calibrated
           profile,        # of the target
          )->str:          # '' if it can be shipped as it is
@@ -430,9 +430,12 @@ def unfit(sim:Simulation, # calibrated
             if not lo<=(r := (sim[k].scale/sim[out].scale).item())<hi: return f'{out} adds numbers of very different size ({r:.2g} of the step of its result)'
     return ''
 
-def _could_round(model, args, sim, profile)->list: # operations
-    "What `profile` would round and `sim` doesn't"
-    with sim_mode(model, 'off'), eval_mode(model): more = place(record(model, args), profile)
+def _placed_for(model, args, profile)->Placement:
+    "Where `profile` would round"
+    with sim_mode(model, 'off'), eval_mode(model): return place(record(model, args), profile)
+
+def _could_round(more, sim)->list: # operations
+    "What another placement would round and `sim` doesn't"
     return [k for k in more.acts if ':' in k and '<' not in k and '>' not in k and k not in sim.placement.acts]
 
 def _carries_ranges(model)->bool: return simulation(model) is not None and simulation(model).calibrated
@@ -477,7 +480,10 @@ def _ranges(model, args, calibration, target, n_batches, show)->tuple: # model, 
     if why := unfit(sim, target.profile):
         raise ValueError(f"the model was simulated for {sim.profile.name}, and {target.engine} can't hold that: {why}. Simulate for it: learn.quantize(profile={target.profile.name!r}), or pass calibration= to find new ranges here.")
     if sim.profile==target.profile: return model, []
-    more = _could_round(model, args, sim, target.profile)
+    other = _placed_for(model, args, target.profile)
+    wide = next((k for k,b in other.bits.items() if k in sim.placement.acts and sim[k].bits>b), None)
+    if wide: raise ValueError(f"the model was simulated for {sim.profile.name}; {target.engine} computes {other.layers[wide]} right only with inputs of {other.bits[wide]} bits, here they have {sim[wide].bits}. Simulate for it: learn.quantize(profile={target.profile.name!r}), or pass calibration= to find new ranges here.")
+    more = _could_round(other, sim)
     note = f"the ranges are those of profile {sim.profile.name!r}, which {target.engine} holds as they are"
     if more: note += f"; it could round {len(more)} more operations ({', '.join(o for o,_ in Counter(k.rpartition(':')[2].partition('.')[0] for k in more).most_common(4))}), which stay in float. To round them: quantize with profile={target.profile.name!r}"
     return model, [note+'.']
