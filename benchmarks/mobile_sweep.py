@@ -45,7 +45,7 @@ def ours(model, batches, x, want, folder):
     float_bytes = export_float(model, x, folder/'f.ptl').stat().st_size
     got,one = fresh(folder/'phone'/'model.ptl', x, folder)
     db = min(sqnr(s, t) for s,t in zip(want, got))
-    return dict(form=r.details['form'], how=r.how, db=db, db_sim=r.sqnr_sim, db_one=sqnr(got[0][:1], one), exact=math.isinf(r.sqnr_sim), top=top(want[0], got[0]), float_bytes=float_bytes, bytes=r.bytes, int_share=r.int_share,
+    return dict(form=r.details.get('form', 'integer'), how=r.how, db=db, db_sim=r.sqnr_sim, db_one=sqnr(got[0][:1], one), exact=math.isinf(r.sqnr_sim), top=top(want[0], got[0]), float_bytes=float_bytes, bytes=r.bytes, int_share=r.int_share,
         fixed=r.fixed_batch, norms=sum(i.op=='batch_norm' for i in r.islands), ops=r.ops, steps=r.max_steps, share=r.differing, floats=Counter(f'{i.op}: {i.reason}' for i in r.islands), notes=r.notes, seconds=seconds)
 
 def save_fx(folder, x):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fastcompress.deploy import emulate as E
 from fastcompress.deploy.capture import capture
 from fastcompress.deploy.emulate import Ints, compare_bits, emulate, emulations
-from fastcompress.deploy.engines import QConv1d, QConv2d, QConv3d, QConvTranspose2d, QLinear, use_engine
+from fastcompress.deploy.engines import QConv1d, QConv2d, QConvTranspose2d, QLinear, use_engine
 from fastcompress.deploy.lower import IntegerModel, lower
 from fastcompress.deploy.mobile import save_ptl, scriptable_
 from fastcompress.quantize.simulate import calibrate_, simulate_
@@ -63,7 +63,6 @@ def layer(d, cls, w, n_out, x, geometry, per_channel, gain=None):
     wide = float(w_scale.mean()*x.scale*100*math.sqrt(w[0].numel()))
     bias = d.normal(n_out)*wide*d.of(0, .1, 10, 1e4, 1e9)
     m = cls(w, w_scale, bias, wide/(gain or d.of(1., 20., 100.)), d.zero(), 'qnnpack', geometry)
-    if cls is QConv3d: m.integers = lambda: (w, w_scale, bias) # qnnpack can't unpack these
     with use_engine('qnnpack'): y = m(quantized(x))
     same(y, emulations[cls.__name__](m, x))
 
@@ -83,9 +82,6 @@ def test_conv2d(d): conv(d, 2, QConv2d)
 
 @many(60)
 def test_conv1d(d): conv(d, 1, QConv1d)
-
-@many(60)
-def test_conv3d(d): conv(d, 3, QConv3d)
 
 @many(80)
 def test_conv_transpose2d(d):
@@ -133,16 +129,15 @@ def test_biases_that_do_not_fit_are_clamped_and_then_wrap():
 @many(60)
 def test_biases_at_the_ends_of_int32(d):
     "Where the sum of products is zero the end itself is seen: a convolution's packing turns the upper one into the lower"
-    kind,n = d.of('linear', 'matrix', 'stride', 'padding', 'wide', 'depthwise', 'transposed', '1d', '3d'),d.int(1, 20)
+    kind,n = d.of('linear', 'matrix', 'stride', 'padding', 'wide', 'depthwise', 'transposed', '1d'),d.int(1, 20)
     b = torch.tensor([d.of(1e9, -1e9, 2.**31, 2.**31*.9999, 3e9) for _ in range(n)])
-    k,dims = d.of(2, 3, 5) if kind in ('wide','depthwise') else 1,dict(linear=0).get(kind, {'1d':1, '3d':3}.get(kind, 2))
-    cls = {0:QLinear, 1:QConv1d, 2:QConv2d, 3:QConv3d}[dims] if kind!='transposed' else QConvTranspose2d
+    k,dims = d.of(2, 3, 5) if kind in ('wide','depthwise') else 1,dict(linear=0).get(kind, {'1d':1}.get(kind, 2))
+    cls = {0:QLinear, 1:QConv1d, 2:QConv2d}[dims] if kind!='transposed' else QConvTranspose2d
     w = torch.randint(-1, 2, (n, 1 if kind=='depthwise' else n, *[k]*dims), generator=d.g, dtype=torch.int8)
     each = lambda v: [v]*dims
     geometry = (each(2 if kind=='stride' else 1), each(int(kind=='padding')), *([each(0)] if kind=='transposed' else []), each(1), n if kind=='depthwise' else 1) if dims else ()
     x = Ints(torch.full((2, n, *each(k+2)), 5, dtype=torch.uint8), 1., d.of(5, 5, 4))
     m = cls(w, torch.ones(n), b, 1e8, 128, 'qnnpack', geometry)
-    if cls is QConv3d: m.integers = lambda: (w, torch.ones(n), b)
     with use_engine('qnnpack'): y = m(quantized(x))
     same(y, emulations[cls.__name__](m, x))
 

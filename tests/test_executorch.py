@@ -11,6 +11,10 @@ from helpers import timm_model
 
 pytest.importorskip('executorch')
 from fastcompress.deploy.executorch import PteModel, Translation, _executorch, check_pte, save_pte
+from dataclasses import replace
+from fastcompress.quantize.place import profiles
+
+EAGER = replace(profiles['xnnpack'], eager=True) # every kernel that XNNPACK has, also behind float operations
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -30,7 +34,7 @@ def conv(i, o, k=3, **kw): return nn.Conv2d(i, o, k, padding=k//2, **kw)
 def rand(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 def reference(net, args, tweak=None, **kw):
-    simulate_(net.eval(), args, kw.pop('profile', 'xnnpack'), **kw)
+    simulate_(net.eval(), args, kw.pop('profile', EAGER), **kw)
     calibrate_(net, [args], n_inp=len(args), show=False)
     if tweak: tweak(simulation(net))
     return fold_all_(capture(net, args))

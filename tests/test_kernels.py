@@ -1,5 +1,5 @@
 "Every row of the engines' table: lowered to its kernel, within a step of the simulation, saved, loaded, any batch; what the kernels get wrong goes around them"
-import copy
+import copy, pickle
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.jit.mobile import _load_for_lite_interpreter
@@ -151,16 +151,17 @@ def test_integers_are_stored_once_and_islands_keep_theirs(tmp_path):
     assert size['island']<1.1*size['integer'] and size['floats']>2*size['integer']
     assert torch.equal(out['island'], out['floats']) and sqnr(out['floats'], out['integer'])>40
 
-def test_layers_share_their_zero_points(tmp_path):
-    "A file holds one tensor of zeros for all weights, not eight bytes a channel"
+def test_layers_share_their_small_tensors(tmp_path):
+    "A file holds one tensor of scales, one of biases and one of zero points, not three for each layer"
+    import zipfile
     net = nn.Sequential(*[nn.Conv2d(64, 64, 1, groups=64) for _ in range(20)]).eval()
     x = torch.randn(2, 64, 4, 4)
     simulate_(net, x); calibrate_(net, [x], show=False)
     im = to_integer(net, x)
     with use_engine('qnnpack'): save_ptl(im.body, tmp_path/'m.ptl', (x,))
-    import zipfile
-    sizes = [i.file_size for i in zipfile.ZipFile(tmp_path/'m.ptl').infolist() if '/data/' in i.filename]
-    assert sum(s==64*8 for s in sizes)==20+1 # scales of 20 layers, zeros once
+    sizes = sorted(i.file_size for i in zipfile.ZipFile(tmp_path/'m.ptl').infolist() if '/data/' in i.filename)
+    assert sizes==[22]*20+[64]*20+[64*8, 20*64*4, 20*64*8] # geometry, weights, zero points, biases, scales
+    for twin in copy.deepcopy(im), pickle.loads(pickle.dumps(im)): assert torch.equal(twin(x), im(x))
 
 def test_addresses_that_qnnpack_would_keep():
     "A depthwise convolution with a large kernel costs qnnpack memory per group, tap and pixel; beyond a limit it stays in float and says so"

@@ -303,7 +303,7 @@ def _last(x):
     "A copy with channels last in memory, whatever the number of dimensions"
     return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
-# %% ../../nbs/deploy/06_emulate.ipynb #d3a8f79f
+# %% ../../nbs/deploy/06_emulate.ipynb #b4c13cf2
 emulations = Registry('emulation')
 
 def _same(q, x): return Ints(lay(q, layout(x.ints)), x.scale, x.zero_point)
@@ -322,7 +322,7 @@ def _contract(m, x, acc, ints, w_scale, bias, by_float=False):
     factor = multipliers(x.scale, w_scale, m.scale)
     return requantize_int(acc, factor.view(-1, *[1]*(acc.ndim-2)) if m.geometry else factor, m.zero_point)
 
-@emulations('QConv1d', 'QConv2d', 'QConv3d')
+@emulations('QConv1d', 'QConv2d')
 def conv(m, x):
     ints,w_scale,bias = m.integers()
     matrix = set(ints.shape[2:])=={1} and set(m.geometry[0])=={1} and not any(m.geometry[1])

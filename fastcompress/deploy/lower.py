@@ -62,7 +62,7 @@ def node_macs(n:fx.Node)->int: # 0 for what multiplies no matrices
     if op=='scaled_dot_product_attention': return prod(_shape(n.args[0])[1:])*_shape(n.args[1])[-2] + prod(out[1:])*_shape(n.args[1])[-2]
     return 0
 
-# %% ../../nbs/deploy/03_lower.ipynb #7bd2f263
+# %% ../../nbs/deploy/03_lower.ipynb #9a55c88b
 class Lowering:
     "One pass over a folded reference graph"
     def __init__(self,
@@ -76,7 +76,9 @@ class Lowering:
         self.islands,self.pairs,self.made,self.macs,self.names,self.biases,self.ops,self.same,self.out_scale = [],{},{},Counter(),set(),{},{},{},None
         self.why = {(s.partition(':')[0], s.partition(':')[2].partition('.')[0]):w for s,w in gm.meta.get('floats', {}).items()}
         weights = [self.stored_weight(n) for n in gm.graph.nodes if len(n.args)>1 and isinstance(n.args[1], fx.Node) and op_of(n.args[1])=='dequantize_channels']
-        self.zeros = torch.zeros(max((len(scale) for _,scale in weights), default=1), dtype=torch.int64) # the zero points of all weights
+        n = [len(scale) for _,scale in weights]
+        self.zeros,self.used = torch.zeros(max(n, default=1), dtype=torch.int64),Counter() # the zero points of all weights
+        self.pools = dict(scales=torch.zeros(sum(n), dtype=torch.float64), biases=torch.zeros(sum(n))) # a file holds one tensor of each, not one per layer
 
 # %% ../../nbs/deploy/03_lower.ipynb #20364f8f
 @patch
@@ -122,7 +124,7 @@ def grid_of(n:fx.Node)->tuple: # scale, zero point
     while op_of(n)!='dequantize': n = n.args[0]
     return tuple(n.args[1:3])
 
-# %% ../../nbs/deploy/03_lower.ipynb #cd24e44b
+# %% ../../nbs/deploy/03_lower.ipynb #860e9dfb
 @patch
 def call(self:Lowering, target, args, n, kwargs=None)->fx.Node:
     "Add a call to the lowered graph that stands for reference node `n`"
@@ -162,7 +164,15 @@ def weight(self:Lowering, n, x:Byte, axis:int=0)->tuple: # ints int8, scale [C],
     if bias is not None and self.engine.profile.exact:
         step = (scale.double()*x.scale).float()
         self.biases[n] = (torch.round(bias*(1/step)).double()*step.double()).float() if step.numel() in (1, len(bias)) else bias
-    return ints, scale, bias
+    return ints, self.pooled('scales', scale.double()), bias if bias is None else self.pooled('biases', bias.float())
+
+@patch
+def pooled(self:Lowering, kind:str, t:Tensor)->Tensor:
+    "`t` as part of the tensor that all layers share"
+    at = self.used[kind]
+    if at+len(t)>len(self.pools[kind]): return t
+    self.used[kind] += len(t)
+    return self.pools[kind][at:at+len(t)].copy_(t)
 
 # %% ../../nbs/deploy/03_lower.ipynb #3d1ee85e
 @patch

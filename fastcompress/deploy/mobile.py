@@ -36,7 +36,7 @@ from ..measure.report import Report, decibel, nbytes, percent
 from ..quantize.place import Placement, place, profiles, record
 from ..quantize.simulate import Simulation, calibrate_, release_, sim_mode, simulate_, simulation
 
-# %% ../../nbs/deploy/04_mobile.ipynb #1ef00b09
+# %% ../../nbs/deploy/04_mobile.ipynb #b835d131
 @contextmanager
 def _torchscript():
     with warnings.catch_warnings():
@@ -53,12 +53,12 @@ def scriptable_(gm:fx.GraphModule)->fx.GraphModule:
     return gm
 
 def slim_ptl(path):
-    "Leave out of a lite interpreter's file the source code, which that interpreter doesn't read, and deflate what shrinks by a quarter or more: scales and names, not weights"
+    "Leave out of a lite interpreter's file the source code, which that interpreter doesn't read, and deflate what is small, and what shrinks by a quarter or more: scales and names, not large weights"
     with zipfile.ZipFile(path) as old:
         parts = [(i.filename, old.read(i)) for i in old.infolist() if '/code/' not in i.filename]
     with zipfile.ZipFile(path, 'w') as new:
         for name,data in parts:
-            small = len(zlib.compress(data, 9))<.75*len(data)
+            small = len(zlib.compress(data, 9)) < (.95 if len(data)<2**18 else .75)*len(data)
             new.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED if small else zipfile.ZIP_STORED, 9)
 
 def save_ptl(gm:fx.GraphModule, # graph of aten and quantized operations
@@ -153,7 +153,7 @@ def export_float(model:nn.Module,
     save_ptl(scriptable_(gm), path, args)
     return Path(path)
 
-# %% ../../nbs/deploy/04_mobile.ipynb #badc0d45
+# %% ../../nbs/deploy/04_mobile.ipynb #5334272e
 @dataclass
 class ExportReport:
     "What was written, what was verified, what stayed in float"
@@ -190,11 +190,12 @@ class ExportReport:
     def __str__(self):
         rows = [f"{self.path}: {self.bytes:,} bytes for {self.engine}, {self.int_share:.1%} of MACs on integers",
                 f"  checked {self.ops} operations: at most {self.max_steps} step apart, {self.differing:.2%} of elements differ" if self.ops else f"  operations were not compared one by one: {self.engine} gives outputs alone",
-                f"  outputs: {self.sqnr_sim:.1f} dB to the simulation, {self.sqnr_float:.1f} dB to float" +
+                f"  outputs: {'the simulation to the last bit' if self.sqnr_sim==float('inf') else f'{self.sqnr_sim:.1f} dB to the simulation'}, {self.sqnr_float:.1f} dB to float" +
                 ("" if self.agree is None else f", same class on {self.agree:.1%} of the checked inputs")]
         if self.flushed: rows.append(f"  {self.flushed:,} subnormal numbers set to zero")
         if self.fixed_batch or self.how=='traced': rows.append(f"  bound to a batch of {self.fixed_batch or '?'}")
-        rows += [f"  {k}: {v}" for k,v in self.details.items()] + [f"  note: {n}" for n in self.notes]
+        rows += [f"  {t['what']}: {t['ratio']:.2f} of the time before, {'kept' if t['kept'] else 'not kept'}" for t in self.details.get('timings', [])]
+        rows += [f"  {k}: {v}" for k,v in self.details.items() if k!='timings'] + [f"  note: {n}" for n in self.notes]
         rows += [f"  in float: {i['count']} × {i['op']} ({i['reason']})" for i in self.island_counts()] or ["  nothing stayed in float"]
         return '\n'.join(rows)
     __repr__ = __str__
@@ -269,7 +270,7 @@ def _out_step(ref)->float|None:
         n = n.args[0]
     return n.args[1] if isinstance(n, fx.Node) else None
 
-# %% ../../nbs/deploy/04_mobile.ipynb #99305abd
+# %% ../../nbs/deploy/04_mobile.ipynb #6295ece1
 @dataclass(frozen=True)
 class Target:
     "Who will run the file"
@@ -315,7 +316,7 @@ def _write_ptl(gm, path, target, args, fallback, strict, show, float_graph=None)
     done = ladder(gm, target.eng, args, fallback, strict, float_graph, show)
     im,checks = done.model,done.checks
     with use_engine(target.engine): how = save_ptl(im.body, path, args)
-    details = dict(form=done.form, **({'timings':done.timings} if done.timings else {}))
+    details = dict(**({} if done.form=='integer' else {'form':done.form}), **({'timings':done.timings} if done.timings else {}))
     return Written(how, im.islands, im.macs, *_stored(im), checks, im.out_scale, details, fixed_batch=im.fixed_batch)
 
 def _load_ptl(file, engine):
