@@ -83,7 +83,7 @@ def summary(rows):
         f"- Operation by operation, on the file's own bytes: {sum(x['ops'] for x in o):,} compared, at most {max(x['steps'] for x in o)} step apart; share of elements that differ, median {median(x['share'] for x in o):.4%}, highest {max(x['share'] for x in o):.4%}.",
         f"- The file equals the simulation bit for bit at the logits in {sum(x['exact'] for x in o)} models. dB(simulation, file) minus dB(float, file): median {median(gap):.1f}, lowest {gap[0]:+.1f}; below 0: {', '.join(r['name'] for r in ok if r['ours']['db_sim']<r['ours']['db']) or 'none'}.",
         f"- dB(float, file): median {median(x['db'] for x in o):.1f}, lowest {min(x['db'] for x in o):.1f}. Same highest logit as float on {sum(x['top']*4 for x in o if x['top'] is not None)/sum(4 for x in o if x['top'] is not None):.1%} of the inputs (random ones, to random weights).",
-        f"- Bytes, float file over integer file: median {median(x['float_bytes']/x['bytes'] for x in o):.2f}, lowest {min(x['float_bytes']/x['bytes'] for x in o):.2f}. MACs on integers: median {median(x['int_share'] for x in o):.1%}. BatchNorms left in float: {sum(x['norms'] for x in o)}.",
+        f"- Bytes, float file over integer file: median {median(x['float_bytes']/x['bytes'] for x in o):.2f}, lowest {min(x['float_bytes']/x['bytes'] for x in o):.2f}. MACs on integers: median {median(x['int_share'] for x in o):.1%}. BatchNorms left in a graph: none; as scale and shift in float: {sum(x['norms'] for x in o)}.",
         f"- CPU seconds, one thread, from the model to the verified bundle: median {median(x['seconds'] for x in o):.0f}, most {max(x['seconds'] for x in o):.0f}."]
     both = [r for r in ok if 'db' in r['fx']]
     if both:

@@ -1173,6 +1173,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastcompress/deploy/engines.py'),
                                              'fastcompress.deploy.engines.QLinear.forward': ( 'deploy/engines.html#qlinear.forward',
                                                                                               'fastcompress/deploy/engines.py'),
+                                             'fastcompress.deploy.engines._addresses': ( 'deploy/engines.html#_addresses',
+                                                                                         'fastcompress/deploy/engines.py'),
                                              'fastcompress.deploy.engines._args': ( 'deploy/engines.html#_args',
                                                                                     'fastcompress/deploy/engines.py'),
                                              'fastcompress.deploy.engines._as_it_is': ( 'deploy/engines.html#_as_it_is',

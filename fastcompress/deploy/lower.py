@@ -62,7 +62,7 @@ def node_macs(n:fx.Node)->int: # 0 for what multiplies no matrices
     if op=='scaled_dot_product_attention': return prod(_shape(n.args[0])[1:])*_shape(n.args[1])[-2] + prod(out[1:])*_shape(n.args[1])[-2]
     return 0
 
-# %% ../../nbs/deploy/03_lower.ipynb #9a55c88b
+# %% ../../nbs/deploy/03_lower.ipynb #d132b10b
 class Lowering:
     "One pass over a folded reference graph"
     def __init__(self,
@@ -73,7 +73,7 @@ class Lowering:
                 ):
         self.gm,self.engine,self.without,self.compact,self.graph,self.root = gm,engine,dict(without or {}),compact,fx.Graph(),nn.Module()
         self.floats,self.bytes = {},{} # reference node -> its float node, its `Byte`
-        self.islands,self.pairs,self.made,self.macs,self.names,self.biases,self.ops,self.same,self.out_scale = [],{},{},Counter(),set(),{},{},{},None
+        self.islands,self.pairs,self.made,self.macs,self.names,self.biases,self.ops,self.same,self.addresses,self.out_scale = [],{},{},Counter(),set(),{},{},{},{},None
         self.why = {(s.partition(':')[0], s.partition(':')[2].partition('.')[0]):w for s,w in gm.meta.get('floats', {}).items()}
         weights = [self.stored_weight(n) for n in gm.graph.nodes if len(n.args)>1 and isinstance(n.args[1], fx.Node) and op_of(n.args[1])=='dequantize_channels']
         n = [len(scale) for _,scale in weights]
