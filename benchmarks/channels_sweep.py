@@ -9,42 +9,26 @@ oracle stands in its own column.
     pip install torch-pruning
     OMP_NUM_THREADS=1 python benchmarks/channels_sweep.py --out benchmarks/results/channels_sweep.md
 """
-import argparse, copy, json, re, signal, statistics, sys, time, traceback, warnings
+import copy, json, re, statistics, time, traceback, warnings
 from collections import Counter
-from pathlib import Path
+from functools import partial
 warnings.filterwarnings('ignore')
 import timm, torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from fastcompress.measure.count import count_macs, n_params
 from fastcompress.prune.channels import find_groups
 from fastcompress.prune.remove import plan_of, remove_
 from fastcompress.prune.select import select
 
-HERE = Path(__file__).parent
+from zoo import Late, attempt, chosen, cpu_limit, fair, options, publish, read_rows, sweep, tensors
+
 CONVS = '''botnet convmixer convnext cs3darknet cspdarknet cspresnet csp densenet dla dpn eca_ ecaresnet efficientnet ese_ fasternet fbnet ghostnet hgnet hrnet inception
 lcnet mixnet mnasnet mobilenetv2 mobilenetv3 mobilenetv4_conv mobileone nf_ rdnet regnet repvgg res2net resnest resnet resnext rexnet selecsls seresnet skresnet starnet tinynet
 vgg vovnet xception repvit'''.split()
 
-class Late(Exception): pass
-def _late(*_): raise Late()
-
 def is_conv(name):
     "Convolutions alone (no attention between places)"
     return name.startswith(tuple(CONVS)) and not name.startswith('botnet')
-
-def fair(model, size):
-    g = torch.Generator().manual_seed(0)
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine: m.weight.data.uniform_(.5, 1.5, generator=g)
-    for n,p in model.named_parameters():
-        if n.endswith('.gamma') or '.ls' in n: p.data.uniform_(.1, .5, generator=g)
-    model.train()
-    with torch.no_grad():
-        for _ in range(3): model(torch.randn(2, 3, size, size, generator=g))
-    return model.eval()
-
-def tensors(out): return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 def trains(model, x, shapes):
     "Forward in evaluation, forward and backward in training mode; None if all is well"
@@ -70,32 +54,27 @@ def ours(model, x, shapes, macs, params):
 def theirs(model, x, shapes, macs, limit):
     import torch_pruning as tp
     keep = [m for n,m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features==1000]
-    signal.setitimer(signal.ITIMER_PROF, limit)
     try:
-        t0 = time.process_time()
-        pruner = tp.pruner.MagnitudePruner(model, x[:1], importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=.5, ignored_layers=keep)
-        pruner.step()
-        t = time.process_time()-t0
+        with cpu_limit(limit):
+            t0 = time.process_time()
+            pruner = tp.pruner.MagnitudePruner(model, x[:1], importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=.5, ignored_layers=keep)
+            pruner.step()
+            t = time.process_time()-t0
         problem = trains(model, x, shapes)
         return dict(state='ok' if problem is None else 'broken: '+problem, s=t, macs=count_macs(model, x[:1])/macs)
     except Late: return dict(state=f'not done in {limit:g} s')
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)
         return dict(state=('raises' if any('torch_pruning' in f.filename for f in where) else 'broken') + f': {type(e).__name__}')
-    finally: signal.setitimer(signal.ITIMER_PROF, 0)
 
-def one(name, size, limit, peer, earlier=None):
+def one(name, size, limit, peer, known):
     torch.manual_seed(0)
     model = fair(timm.create_model(name), size)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): shapes = [tuple(t.shape) for t in tensors(model(x))]
     twin,macs,params = copy.deepcopy(model),count_macs(model, x[:1]),n_params(model)
-    signal.setitimer(signal.ITIMER_PROF, 300)
-    try: row = ours(model, x, shapes, macs, params)
-    except Late: row = dict(error='not done in 300 s')
-    except Exception as e: row = dict(error=f'{type(e).__name__}: {e}'[:200])
-    finally: signal.setitimer(signal.ITIMER_PROF, 0)
-    return dict(name=name, size=size, conv=is_conv(name), **row, peer=theirs(twin, x, shapes, macs, limit) if peer else earlier or {})
+    row = attempt(ours, model, x, shapes, macs, params)
+    return dict(name=name, size=size, conv=is_conv(name), **row, peer=known.get(name) or (theirs(twin, x, shapes, macs, limit) if peer else {}))
 
 def secs(row): return row['find']+row['select']+row['cut']
 
@@ -137,24 +116,13 @@ def reasons(rows):
     return lines + (['', '| model | kept whole by the oracle |', '|---|---|', *whole] if whole else [])
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', help='comma-separated names; by default the whole list'); p.add_argument('--limit', type=float, default=40., help="CPU seconds that Torch-Pruning may take")
-    p.add_argument('--no-peer', action='store_true'); p.add_argument('--out'); p.add_argument('--rows', help='JSON lines, one a model, written as they come; a second run goes on')
+    p = options(__doc__)
+    p.add_argument('--limit', type=float, default=40., help="CPU seconds that Torch-Pruning may take")
     p.add_argument('--peer-rows', help="rows of an earlier run, whose figures of Torch-Pruning are taken over")
     a = p.parse_args()
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGPROF, _late)
-    listed = dict((l.split()+['224'])[:2] for l in (HERE/'timm_models.txt').read_text().splitlines() if l.strip() and not l.startswith('#'))
-    todo = {n: int(listed.get(n, 224)) for n in (a.models.split(',') if a.models else listed)}
-    rows = [json.loads(l) for l in Path(a.rows).read_text().splitlines()] if a.rows and Path(a.rows).exists() else []
-    earlier = {r['name']: r['peer'] for r in map(json.loads, Path(a.peer_rows).read_text().splitlines())} if a.peer_rows else {}
-    for name,size in todo.items():
-        if name in {r['name'] for r in rows}: continue
-        rows.append(one(name, size, a.limit, not (a.no_peer or name in earlier), earlier.get(name)))
-        if a.rows: Path(a.rows).open('a').write(json.dumps(rows[-1])+'\n')
-        print(json.dumps({k:v for k,v in rows[-1].items() if k not in ('frozen','peer','whole')}), rows[-1]['peer'].get('state'), file=sys.stderr, flush=True)
-    lines = [*summary(rows), '', *table(rows), '', *reasons(rows)]
-    print('\n'.join(lines))
-    if a.out: Path(a.out).write_text('# Half the channels of 97 timm models\n\n    OMP_NUM_THREADS=1 python benchmarks/channels_sweep.py --out benchmarks/results/channels_sweep.md\n\n' + '\n'.join(lines) + '\n')
+    known = {r['name']: r['peer'] for r in read_rows(a.peer_rows)}
+    def show(r): return json.dumps({k:v for k,v in r.items() if k not in ('name','frozen','peer','whole')}), r['peer'].get('state')
+    rows = sweep(partial(one, limit=a.limit, peer=not a.no_peer, known=known), chosen(a), a.rows, a.jobs, show=show)
+    publish(a.out, f'Half the channels of {len(rows)} timm models', 'channels_sweep', [*summary(rows), '', *table(rows), '', *reasons(rows)])
 
 if __name__=='__main__': main()

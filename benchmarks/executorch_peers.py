@@ -1,29 +1,26 @@
 """ExecuTorch files delegated to XNNPACK: our reference graph beside ExecuTorch's own quantization flow.
 
-Each model is made by timm with a seed and random weights made fair (as in benchmarks/channels_sweep.py). Both calibrate on the same 8 images and
+Each model of benchmarks/timm_models.txt is made by timm with a seed and random weights made fair (see benchmarks/zoo.py). Both calibrate on the same 8 images and
 are judged on 4 others. Ours: simulate_ (profile xnnpack), calibrate_, capture, fold, save_pte with an open batch. Theirs: torchao's pt2e with
 XNNPACKQuantizer (symmetric, per channel), to_edge_transform_and_lower with XnnpackPartitioner, batch 1. SQNR is of the file's outputs against
-the float model's. Latency: batch 1, two files in turn, median of each; below 1 ours is faster. Seconds are CPU seconds.
+the float model's. Latency: batch 1, two files in turn, median of the rounds' ratios; below 1 ours is faster. Seconds are CPU seconds.
 
     pip install fastcompress[executorch] torchao
-    OMP_NUM_THREADS=1 python benchmarks/executorch_peers.py --rows rows.jsonl --out benchmarks/results/executorch_peers.md
+    OMP_NUM_THREADS=1 python benchmarks/executorch_peers.py --out benchmarks/results/executorch_peers.md
 """
-import argparse, copy, gc, json, logging, statistics, sys, tempfile, time, warnings
+import copy, gc, logging, statistics, tempfile, time, warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 warnings.filterwarnings('ignore')
-import timm, torch
+import torch
 from fastcompress.deploy.capture import capture
 from fastcompress.deploy.executorch import PteModel, check_pte, count_calls, save_pte
 from fastcompress.deploy.lower import fold_all_
+from fastcompress.measure.latency import ratio, time_interleaved
 from fastcompress.measure.quality import sqnr
 from fastcompress.quantize.simulate import calibrate_, simulate_
-from channels_sweep import fair
-
-MODELS = '''resnet18 resnet50 mobilenetv2_100 mobilenetv3_large_100 efficientnet_b0 regnety_002 convnext_atto vit_tiny_patch16_224 repvgg_a0 densenet121
-regnetx_002 efficientnet_lite0 ghostnet_100 vgg11_bn dla34 ese_vovnet19b_dw lcnet_050 edgenext_xx_small'''.split()
-
-def message(e): return f'{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}'[:160]
+from zoo import attempt, chosen, logits, options, prepared, publish, sweep, tensors
 
 def ours(model, batches, x, path):
     simulate_(model, x, 'xnnpack')
@@ -52,38 +49,31 @@ def theirs(model, batches, x, path):
     path.write_bytes(edge.to_executorch().buffer)
     return dict(count_calls(edge), bytes=path.stat().st_size, s=time.process_time()-t0, lower_s=time.process_time()-t1)
 
-def latency(files, x, n):
-    "Median seconds of each, in turn"
-    ts = [[] for _ in files]
-    for i in range(n+3):
-        for f,t in zip(files, ts):
-            t0 = time.perf_counter(); f(x); t.append(time.perf_counter()-t0)
-    return [statistics.median(t[3:]) for t in ts]
+def judged(make, model, batches, x, want, path, check):
+    made = make(copy.deepcopy(model), batches, x, path)
+    row,ref = made if isinstance(made, tuple) else (made,None)
+    file = PteModel(path)
+    got = [torch.cat(ts) for ts in zip(*(tensors(file(x[i:i+1])) for i in range(len(x))))]
+    row['db'] = min(float(sqnr(a, b)) for a,b in zip(want, got))
+    if ref is not None and check:
+        c = check_pte(ref, (x,), show=False)
+        row.update(checks=len(c), steps=max(o.steps for o in c), share=sum(o.share for o in c)/len(c))
+    return row
 
-def one(name, size, check, n):
-    torch.manual_seed(0)
-    model,g = fair(timm.create_model(name, **(dict(img_size=size) if name.startswith(('vit','deit')) else {})), size),torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        if p.ndim>1 and not p.any(): p.data.normal_(0, .02, generator=g) # heads that start at zero
+def one(name, size, check, n, peer):
+    logging.disable(logging.WARNING)
+    model,g = prepared(name, size, **(dict(img_size=size) if size<224 and name.startswith(('vit','deit')) else {}))
     batches = [torch.randn(2, 3, size, size, generator=g) for _ in range(4)]
-    x,row,files = torch.randn(4, 3, size, size, generator=g),dict(name=name, size=size),{}
-    with torch.no_grad(): want = model(x)
+    x = torch.randn(4, 3, size, size, generator=g)
+    want,row = logits(model, x),dict(name=name, size=size)
     with tempfile.TemporaryDirectory() as d:
-        for who,f in ('ours',ours),('theirs',theirs):
-            path = Path(d)/f'{who}.pte'
-            try:
-                r = f(copy.deepcopy(model), batches, x, path)
-                row[who],ref = r if isinstance(r, tuple) else (r,None)
-                files[who] = PteModel(path)
-                row[who]['db'] = float(sqnr(want, torch.cat([files[who](x[i:i+1]) for i in range(len(x))])))
-                if ref is not None and check:
-                    c = check_pte(ref, (x,), show=False)
-                    row[who].update(checks=len(c), steps=max(o.steps for o in c), share=sum(o.share for o in c)/len(c))
-            except Exception as e: row[who] = dict(error=message(e))
-            gc.collect()
-        if len(files)==2 and all('error' not in row[k] for k in files):
-            a,b = latency([files['ours'], files['theirs']], x[:1], n)
-            row['ratio'],row['ms'] = a/b,1e3*a
+        paths = {w: Path(d)/f'{w}.pte' for w in ('ours','theirs')}
+        row['ours'] = attempt(judged, ours, model, batches, x, want, paths['ours'], check, seconds=600)
+        gc.collect()
+        row['theirs'] = attempt(judged, theirs, model, batches, x, want, paths['theirs'], False, seconds=600) if peer else dict(error='not tried')
+        if all('error' not in row[w] for w in paths):
+            t = time_interleaved({w: PteModel(p) for w,p in paths.items()}, x[:1], n=n)
+            row['ratio'],row['ms'] = ratio(t['ours'], t['theirs']).median,t['ours'].median
     return row
 
 def summary(rows):
@@ -109,22 +99,12 @@ def table(rows):
     return lines
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', help='comma-separated names'); p.add_argument('--size', type=int, default=96); p.add_argument('--runs', type=int, default=40, help='timed runs of each file')
-    p.add_argument('--no-check', action='store_true', help='skip the comparison node by node'); p.add_argument('--out'); p.add_argument('--rows', help='JSON lines, one a model, written as they come; a second run goes on')
+    p = options(__doc__)
+    p.add_argument('--size', type=int, help="pixels; each model's own by default"); p.add_argument('--runs', type=int, default=20, help='timed runs of each file'); p.add_argument('--no-check', action='store_true', help='skip the comparison node by node')
     a = p.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    rows = [json.loads(l) for l in Path(a.rows).read_text().splitlines()] if a.rows and Path(a.rows).exists() else []
-    for name in (a.models.split(',') if a.models else MODELS):
-        if name in {r['name'] for r in rows}: continue
-        rows.append(one(name, a.size, not a.no_check, a.runs))
-        gc.collect()
-        if a.rows: Path(a.rows).open('a').write(json.dumps(rows[-1])+'\n')
-        r = rows[-1]
-        print(name, {k: {q: v for q,v in r[k].items() if q!='floats'} for k in ('ours','theirs')}, r.get('ratio'), file=sys.stderr, flush=True)
-    lines = [*summary(rows), '', *table(rows)]
-    print('\n'.join(lines))
-    if a.out: Path(a.out).write_text('# ExecuTorch files, beside ExecuTorch\'s own flow\n\n    OMP_NUM_THREADS=1 python benchmarks/executorch_peers.py --out benchmarks/results/executorch_peers.md\n\n' + '\n'.join(lines) + '\n')
+    sizes = {n: a.size or s for n,s in chosen(a).items()}
+    def show(r): return {k: {q: v for q,v in r[k].items() if q!='floats'} for k in ('ours','theirs')}, r.get('ratio')
+    rows = sweep(partial(one, check=not a.no_check, n=a.runs, peer=not a.no_peer), sizes, a.rows, a.jobs, show=show)
+    publish(a.out, "ExecuTorch files, beside ExecuTorch's own flow", 'executorch_peers', [*summary(rows), '', *table(rows)], ['--size', str(a.size)] if a.size else [])
 
 if __name__=='__main__': main()

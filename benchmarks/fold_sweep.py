@@ -1,6 +1,6 @@
 """BatchNorms and constant factors folded on every model of benchmarks/timm_models.txt, beside fasterai's BN_Folder.
 
-Each model is made by timm with a seed and random weights made fair (as in benchmarks/channels_sweep.py); a tenth of the BatchNorm gains is
+Each model is made by timm with a seed and random weights made fair (see benchmarks/zoo.py); a tenth of the BatchNorm gains is
 turned negative and the first of each set to zero. Columns: BatchNorms that the model calls; folded into a contraction; written as scale and
 shift; left; the same after blocks were collapsed by their own method; other constant factors and addends folded; constant operations computed;
 output of the folded against the unfolded model, dB. The peer folds a copy of the same model; what counts are the BatchNorms that its result has lost.
@@ -8,30 +8,23 @@ output of the folded against the unfolded model, dB. The peer folds a copy of th
     pip install fasterai==0.4.1
     OMP_NUM_THREADS=1 python benchmarks/fold_sweep.py --out benchmarks/results/fold_sweep.md
 """
-import argparse, copy, gc, json, signal, statistics, sys, time, warnings
-from pathlib import Path
+import copy, json, statistics, time, warnings
 warnings.filterwarnings('ignore')
-import timm, torch
+import torch
 from torch import nn
 from fastcompress.deploy.capture import capture, op_of
 from fastcompress.deploy.fold import fold_, reparameterise_
 from fastcompress.measure.count import n_subnormal
 from fastcompress.measure.quality import sqnr
-from channels_sweep import HERE, Late, _late, fair, tensors
+from zoo import attempt, chosen, logits, options, prepared, publish, sweep
 
 def made(name, size):
-    torch.manual_seed(0)
-    model,g = fair(timm.create_model(name), size),torch.Generator().manual_seed(1)
+    model,g = prepared(name, size)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
             m.weight.data[torch.rand(m.weight.shape, generator=g)<.1] *= -1
             m.weight.data[0] = 0
-    for p in model.parameters():
-        if p.ndim>1 and not p.any(): p.data.normal_(0, .02, generator=g) # heads that start at zero
     return model, torch.randn(2, 3, size, size, generator=g)
-
-def logits(model, x):
-    with torch.no_grad(): return tensors(model(x))
 
 def agree(want, got): return min(float(sqnr(a, b)) for a,b in zip(want, got))
 
@@ -43,17 +36,12 @@ def folded(model, x, want):
 
 def one(name, size):
     model,x = made(name, size)
-    want,row = logits(model, x),dict(name=name, size=size)
-    signal.setitimer(signal.ITIMER_PROF, 300)
-    try:
-        row['plain'] = folded(model, x, want)
-        done = reparameterise_(model, x)
-        row['blocks'],row['not'] = len(done.done),done.left
+    want = logits(model, x)
+    def both():
+        row,done = dict(plain=folded(model, x, want)),reparameterise_(model, x)
         if done.done: row['reparam'] = folded(model, x, want)
-    except Late: row['error'] = 'not done in 300 s'
-    except Exception as e: row['error'] = f'{type(e).__name__}: {e}'[:200]
-    finally: signal.setitimer(signal.ITIMER_PROF, 0)
-    return row
+        return {**row, 'blocks':len(done.done), 'not':done.left}
+    return dict(name=name, size=size, **attempt(both))
 
 def peer(name, size):
     "BatchNorms in the model, and how many fasterai's folder takes out"
@@ -82,23 +70,10 @@ def table(rows, peers):
     return lines
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', help='comma-separated names; by default the whole list'); p.add_argument('--no-peer', action='store_true')
-    p.add_argument('--out'); p.add_argument('--rows', help='JSON lines, one a model, written as they come; a second run goes on')
-    a = p.parse_args()
+    a = options(__doc__).parse_args()
+    rows = sweep(one, chosen(a), a.rows, a.jobs, show=json.dumps)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGPROF, _late)
-    listed = dict((l.split()+['224'])[:2] for l in (HERE/'timm_models.txt').read_text().splitlines() if l.strip() and not l.startswith('#'))
-    rows = [json.loads(l) for l in Path(a.rows).read_text().splitlines()] if a.rows and Path(a.rows).exists() else []
-    for name in (a.models.split(',') if a.models else listed):
-        if name in {r['name'] for r in rows}: continue
-        rows.append(one(name, int(listed.get(name, 224))))
-        gc.collect()
-        if a.rows: Path(a.rows).open('a').write(json.dumps(rows[-1])+'\n')
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     peers = [] if a.no_peer else [peer(n, 224) for n in ('mobilenetv3_large_100','repvgg_a0','efficientnet_lite0')]
-    lines = [*summary(rows), '', *table(rows, peers)]
-    print('\n'.join(lines))
-    if a.out: Path(a.out).write_text(f'# Folded: {len(rows)} timm models\n\n    OMP_NUM_THREADS=1 python benchmarks/fold_sweep.py --out benchmarks/results/fold_sweep.md\n\n' + '\n'.join(lines) + '\n')
+    publish(a.out, f'Folded: {len(rows)} timm models', 'fold_sweep', [*summary(rows), '', *table(rows, peers)])
 
 if __name__=='__main__': main()

@@ -1,6 +1,6 @@
 """Time of integer models over eager float, one thread, batch 1, 224 pixels, in turns.
 
-Random weights made fair (as in benchmarks/channels_sweep.py), calibrated on one batch. `x86` is engine='x86' with the default fallback, `fastest` is
+Random weights made fair (see benchmarks/zoo.py), calibrated on one batch. `x86` is engine='x86' with the default fallback, `fastest` is
 the same with fallback='fastest' (which measures on its own, before), `float folded` the float model captured and folded. qnnpack is made for ARM phones: its
 column says nothing about the time on one.
 
@@ -17,13 +17,12 @@ from fastcompress.deploy.fallback import ladder
 from fastcompress.deploy.fold import fold_
 from fastcompress.measure.latency import ratio, time_interleaved
 from fastcompress.quantize.simulate import calibrate_, simulate_
-from channels_sweep import fair
+from zoo import prepared
 
 AIMS = dict(resnet18=.45, resnet50=.45, mobilenetv2_100=.55, mobilenetv3_large_100=.75, efficientnet_b0=.80, densenet121=.50, convnext_atto=.65, vit_tiny_patch16_224=.75)
 
 def one(name, rounds):
-    torch.manual_seed(0)
-    model,g = fair(timm.create_model(name), 224),torch.Generator().manual_seed(1)
+    model,g = prepared(name, 224)
     x = torch.randn(1, 3, 224, 224, generator=g)
     def graph():
         gm = capture(model, x)

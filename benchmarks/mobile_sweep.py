@@ -1,6 +1,6 @@
 """Every model of benchmarks/timm_models.txt to a qnnpack file, beside torch.ao's FX conversion.
 
-Each model is made by timm with a seed and random weights made fair (as in benchmarks/channels_sweep.py). Ours: export_mobile with 4 batches
+Each model is made by timm with a seed and random weights made fair (see benchmarks/zoo.py). Ours: export_mobile with 4 batches
 to calibrate on (every operation compared with its simulation on the file's own bytes), then the file is loaded in a new process and run there with batches
 of 4 and 1. FX (torch.ao.quantization, qnnpack's default
 qconfig mapping): the same weights and data, converted, scripted (traced if that fails) and saved in the same format.
@@ -11,15 +11,16 @@ apart, share of elements that differ; operations left in float.
 
     OMP_NUM_THREADS=1 python benchmarks/mobile_sweep.py --out benchmarks/results/mobile_sweep.md
 """
-import argparse, copy, gc, json, math, os, resource, signal, statistics, subprocess, sys, tempfile, time, warnings
+import copy, math, os, statistics, subprocess, sys, tempfile, time, warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 warnings.filterwarnings('ignore')
-import numpy as np, timm, torch
+import numpy as np, torch
 from fastcompress.deploy.mobile import export_float, export_mobile
 from fastcompress.measure.quality import agreement, sqnr
-from channels_sweep import HERE, Late, _late, fair, tensors
-from simulate_sweep import fx, logits
+from simulate_sweep import fx
+from zoo import attempt, chosen, logits, options, prepared, publish, read_rows, sweep
 
 FRESH = '''import sys, warnings; warnings.filterwarnings('ignore')
 import numpy as np, torch
@@ -56,22 +57,14 @@ def save_fx(folder, x):
         return dict(bytes=(folder/'fx.ptl').stat().st_size)
     return _save
 
-def one(name, size, limit, peer, known=None):
-    torch.manual_seed(0)
-    model,g = fair(timm.create_model(name), size),torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        if p.ndim>1 and not p.any(): p.data.normal_(0, .02, generator=g) # heads that start at zero
+def one(name, size, limit, peer, known):
+    model,g = prepared(name, size)
     batches = [torch.randn(2, 3, size, size, generator=g) for _ in range(4)]
     x = torch.randn(4, 3, size, size, generator=g)
-    want,row = logits(model, x),dict(name=name, size=size)
+    want = logits(model, x)
     with tempfile.TemporaryDirectory() as d:
-        signal.setitimer(signal.ITIMER_PROF, 600)
-        try: row['ours'] = ours(copy.deepcopy(model), batches, x, want, Path(d))
-        except Late: row['ours'] = dict(error='not done in 600 s')
-        except Exception as e: row['ours'] = dict(error=f'{type(e).__name__}: {e}'[:300])
-        finally: signal.setitimer(signal.ITIMER_PROF, 0)
-        row['fx'] = known if known else fx(model, batches, x, want, limit, save_fx(Path(d), x)) if peer else {}
-    return row
+        mine = attempt(ours, copy.deepcopy(model), batches, x, want, Path(d), seconds=600)
+        return dict(name=name, size=size, ours=mine, fx=known.get(name) or (fx(model, batches, x, want, limit, save_fx(Path(d), x)) if peer else {}))
 
 def median(xs): return statistics.median(xs) if (xs := list(xs)) else float('nan')
 
@@ -104,29 +97,13 @@ def table(rows):
     return lines
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', help='comma-separated names; by default the whole list'); p.add_argument('--part', help='i/n: every n-th model, from the i-th on')
-    p.add_argument('--limit', type=float, default=60., help='CPU seconds that FX may take'); p.add_argument('--no-peer', action='store_true')
+    p = options(__doc__)
+    p.add_argument('--limit', type=float, default=60., help='CPU seconds that FX may take')
     p.add_argument('--fx-rows', nargs='*', default=[], help="rows of earlier runs, whose FX results (which don't depend on this code) are taken over")
-    p.add_argument('--out'); p.add_argument('--rows', help='JSON lines, one a model, written as they come; a second run goes on')
     a = p.parse_args()
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (12<<30, 12<<30)) # a conversion that wants more has failed
-    signal.signal(signal.SIGPROF, _late)
-    listed = dict((l.split()+['224'])[:2] for l in (HERE/'timm_models.txt').read_text().splitlines() if l.strip() and not l.startswith('#'))
-    names = a.models.split(',') if a.models else list(listed)
-    if a.part: names = names[int(a.part.split('/')[0])::int(a.part.split('/')[1])]
-    rows = [json.loads(l) for l in Path(a.rows).read_text().splitlines()] if a.rows and Path(a.rows).exists() else []
-    known = {r['name']: r['fx'] for f in a.fx_rows for r in map(json.loads, Path(f).read_text().splitlines()) if r['fx']}
-    for name in names:
-        if name in {r['name'] for r in rows}: continue
-        rows.append(one(name, int(listed.get(name, 224)), a.limit, not a.no_peer, known.get(name)))
-        gc.collect()
-        if a.rows: Path(a.rows).open('a').write(json.dumps(rows[-1])+'\n')
-        print(name, {k: v for k,v in rows[-1]['ours'].items() if k!='floats'}, rows[-1]['fx'], file=sys.stderr, flush=True)
-    rows.sort(key=lambda r: r['name'])
-    lines = [*summary(rows), '', *table(rows)]
-    print('\n'.join(lines))
-    if a.out: Path(a.out).write_text('# 97 timm models to qnnpack files\n\n    OMP_NUM_THREADS=1 python benchmarks/mobile_sweep.py --out benchmarks/results/mobile_sweep.md\n\n' + '\n'.join(lines) + '\n')
+    known = {r['name']: r['fx'] for f in a.fx_rows for r in read_rows(f) if r['fx']}
+    def show(r): return {k: v for k,v in r['ours'].items() if k!='floats'}, r['fx']
+    rows = sweep(partial(one, limit=a.limit, peer=not a.no_peer, known=known), chosen(a), a.rows, a.jobs, gib=12, show=show)
+    publish(a.out, f'{len(rows)} timm models to qnnpack files', 'mobile_sweep', [*__doc__.split('\n\n')[1:3], '', *summary(rows), '', *table(rows)])
 
 if __name__=='__main__': main()

@@ -1,6 +1,6 @@
 """Our ONNX files beside onnxruntime's own static quantizer and its float model: time, bytes and error, one thread, batch 1.
 
-Each model is made by timm with a seed and random weights made fair (see channels_sweep.py). Both quantizers see the same 16 calibration images. Theirs: torch's ONNX export,
+Each model is made by timm with a seed and random weights made fair (see benchmarks/zoo.py). Both quantizers see the same 16 calibration images. Theirs: torch's ONNX export,
 quant_pre_process, quantize_static with QDQ, per_channel, uint8 activations and int8 weights, as its documentation recommends. All three files run in turns in
 one process; a ratio is the median over the rounds of one round's times. SQNR is against the float file, on 16 images that neither quantizer saw: error, not accuracy, the weights being random.
 
@@ -13,7 +13,7 @@ warnings.filterwarnings('ignore')
 import onnxruntime as ort, timm, torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from channels_sweep import fair
+from zoo import prepared
 from fastcompress.deploy.capture import capture
 from fastcompress.deploy.lower import fold_all_
 from fastcompress.deploy.onnx import OnnxModel, check_onnx, ran_ops, save_onnx
@@ -44,8 +44,7 @@ def ours(model, calib, d):
     return d/'ours.onnx',ref
 
 def row(arch, rounds, d):
-    torch.manual_seed(0)
-    model,g = fair(timm.create_model(arch), 224),torch.Generator().manual_seed(1)
+    model,g = prepared(arch, 224)
     calib,fresh = torch.randn(16, 3, 224, 224, generator=g),torch.randn(16, 3, 224, 224, generator=g)
     float_,int8 = theirs(model, calib, d)
     mine,ref = ours(model, calib, d)

@@ -1,23 +1,20 @@
 """Quantization simulated on every model of benchmarks/timm_models.txt, beside torch.ao's FX conversion.
 
-Each model is made by timm with a seed and random weights made fair (as in benchmarks/channels_sweep.py). Ours: simulate_ with the profile
+Each model is made by timm with a seed and random weights made fair (see benchmarks/zoo.py). Ours: simulate_ with the profile
 (per channel, W8A8), calibrate_ on 4 batches, logits SQNR of the simulated against the float model on another batch; then one forward and
 backward in training mode, loss and gradients finite. FX (torch.ao.quantization, qnnpack's default qconfig mapping) with the same weights and
 the same data: prepare_fx, calibrate, convert_fx, run the converted model.
 
     OMP_NUM_THREADS=1 python benchmarks/simulate_sweep.py --out benchmarks/results/simulate_sweep.md
 """
-import argparse, copy, gc, json, signal, statistics, sys, time, warnings
+import copy, statistics, sys, time, warnings
 from collections import Counter
-from pathlib import Path
+from functools import partial
 warnings.filterwarnings('ignore')
-import timm, torch
+import torch
 from fastcompress.measure.quality import sqnr
 from fastcompress.quantize.simulate import calibrate_, simulate_, simulation
-from channels_sweep import HERE, Late, _late, fair, tensors
-
-def logits(model, x):
-    with torch.no_grad(): return tensors(model(x))
+from zoo import Late, attempt, chosen, cpu_limit, logits, options, prepared, publish, sweep, tensors
 
 def ours(model, batches, x, want, profile):
     t0 = time.process_time(); simulate_(model, x, profile)
@@ -36,35 +33,24 @@ def fx(model, batches, x, want, limit, save=None):
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
     was,torch.backends.quantized.engine = torch.backends.quantized.engine,'qnnpack'
-    signal.setitimer(signal.ITIMER_PROF, limit)
     try:
-        m = prepare_fx(model.eval(), get_default_qconfig_mapping('qnnpack'), (x,))
-        with torch.no_grad():
+        with cpu_limit(limit), torch.no_grad():
+            m = prepare_fx(model.eval(), get_default_qconfig_mapping('qnnpack'), (x,))
             for b in batches: m(b)
             m = convert_fx(m)
             got = tensors(m(x))
         return dict(db=min(float(sqnr(a, b)) for a,b in zip(want, got)), **(save(m) if save else {}))
     except Late: return dict(error=f'not done in {limit:g} s')
     except Exception as e: return dict(error=type(e).__name__)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        torch.backends.quantized.engine = was
+    finally: torch.backends.quantized.engine = was
 
 def one(name, size, profiles, limit, peer):
-    torch.manual_seed(0)
-    model,g = fair(timm.create_model(name), size),torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        if p.ndim>1 and not p.any(): p.data.normal_(0, .02, generator=g) # heads that start at zero
+    model,g = prepared(name, size)
     batches = [torch.randn(2, 3, size, size, generator=g) for _ in range(4)]
     x = torch.randn(4, 3, size, size, generator=g)
-    want,row = logits(model, x),dict(name=name, size=size, ours={})
-    for profile in profiles:
-        signal.setitimer(signal.ITIMER_PROF, 300)
-        try: row['ours'][profile] = ours(copy.deepcopy(model), batches, x, want, profile)
-        except Late: row['ours'][profile] = dict(error='not done in 300 s')
-        except Exception as e: row['ours'][profile] = dict(error=f'{type(e).__name__}: {e}'[:200])
-        finally: signal.setitimer(signal.ITIMER_PROF, 0)
-    return dict(row, fx=fx(model, batches, x, want, limit) if peer else {})
+    want = logits(model, x)
+    mine = {p: attempt(ours, copy.deepcopy(model), batches, x, want, p) for p in profiles}
+    return dict(name=name, size=size, ours=mine, fx=fx(model, batches, x, want, limit) if peer else {})
 
 def summary(rows, profiles):
     lines = []
@@ -87,24 +73,12 @@ def table(rows, profiles):
     return lines
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', help='comma-separated names; by default the whole list'); p.add_argument('--profiles', default='qnnpack')
-    p.add_argument('--limit', type=float, default=60., help='CPU seconds that FX may take'); p.add_argument('--no-peer', action='store_true')
-    p.add_argument('--out'); p.add_argument('--rows', help='JSON lines, one a model, written as they come; a second run goes on')
+    p = options(__doc__)
+    p.add_argument('--profiles', default='qnnpack'); p.add_argument('--limit', type=float, default=60., help='CPU seconds that FX may take')
     a = p.parse_args()
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGPROF, _late)
-    listed = dict((l.split()+['224'])[:2] for l in (HERE/'timm_models.txt').read_text().splitlines() if l.strip() and not l.startswith('#'))
     profiles = a.profiles.split(',')
-    rows = [json.loads(l) for l in Path(a.rows).read_text().splitlines()] if a.rows and Path(a.rows).exists() else []
-    for name in (a.models.split(',') if a.models else listed):
-        if name in {r['name'] for r in rows}: continue
-        rows.append(one(name, int(listed.get(name, 224)), profiles, a.limit, not a.no_peer))
-        gc.collect()
-        if a.rows: Path(a.rows).open('a').write(json.dumps(rows[-1])+'\n')
-        print(name, {p: {k: v for k,v in o.items() if k in ('db','problem','error')} for p,o in rows[-1]['ours'].items()}, rows[-1]['fx'], file=sys.stderr, flush=True)
-    lines = [*summary(rows, profiles), '', *table(rows, profiles)]
-    print('\n'.join(lines))
-    if a.out: Path(a.out).write_text('# Quantization simulated on 97 timm models\n\n    OMP_NUM_THREADS=1 ' + ' '.join(['python benchmarks/simulate_sweep.py', *sys.argv[1:]]) + '\n\n' + '\n'.join(lines) + '\n')
+    def show(r): return {p: {k: v for k,v in o.items() if k in ('db','problem','error')} for p,o in r['ours'].items()}, r['fx']
+    rows = sweep(partial(one, profiles=profiles, limit=a.limit, peer=not a.no_peer), chosen(a), a.rows, a.jobs, show=show)
+    publish(a.out, f'Quantization simulated on {len(rows)} timm models', 'simulate_sweep', [*summary(rows, profiles), '', *table(rows, profiles)], ['--profiles', a.profiles])
 
 if __name__=='__main__': main()

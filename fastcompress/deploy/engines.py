@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['engines', 'kernels', 'most_indirection', 'most_together', 'moves', 'slow', 'detours', 'use_engine', 'Packed',
            'QConv1d', 'QConv2d', 'QConvTranspose2d', 'QLinear', 'safe_scales', 'Byte', 'Kernel', 'kernel',
-           'indirection', 'linear', 'add', 'mul', 'cat', 'mean', 'average', 'sigmoid', 'hardswish', 'leaky_relu', 'elu',
-           'softmax', 'layer_norm', 'group_norm', 'instance_norm', 'batch_norm', 'Engine']
+           'indirection', 'linear', 'add', 'mul', 'cat', 'mean', 'sigmoid', 'hardswish', 'leaky_relu', 'elu', 'softmax',
+           'layer_norm', 'group_norm', 'instance_norm', 'batch_norm', 'Engine']
 
-# %% ../../nbs/deploy/02_engines.ipynb #9813537a
+# %% ../../nbs/deploy/02_engines.ipynb #c75e28fa
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..core import Registry
-from .capture import op_of
+from .capture import grid_at, op_of
+from ..quantize.exact import least_scale
 from ..quantize.simulate import Profile, profiles
 
 # %% ../../nbs/deploy/02_engines.ipynb #6122650f
@@ -34,7 +35,7 @@ def use_engine(name:str): # 'qnnpack', ...
     try: yield
     finally: torch.backends.quantized.engine = was
 
-# %% ../../nbs/deploy/02_engines.ipynb #ef0f1549
+# %% ../../nbs/deploy/02_engines.ipynb #e1f63c04
 @contextmanager
 def _quantized_types():
     with warnings.catch_warnings():
@@ -86,9 +87,7 @@ _q = torch.ops.quantized
 class QConv1d(Packed):
     "1d convolution on bytes"
     def _prepack(self, w, b): return _q.conv1d_prepack(w, b, *self.geometry)
-    def _unpack(self, p):
-        w,b = _q.conv1d_unpack(p)
-        return w, b
+    def _unpack(self, p): return _q.conv1d_unpack(p)
     def forward(self, x): return torch.ops.quantized.conv1d(x, self.packed, self.scale, self.zero_point)
 
 class QConv2d(Packed):
@@ -111,7 +110,7 @@ class QLinear(Packed):
     def _unpack(self, p): return _q.linear_unpack(p)
     def forward(self, x): return torch.ops.quantized.linear(x, self.packed, self.scale, self.zero_point)
 
-# %% ../../nbs/deploy/02_engines.ipynb #32a59330
+# %% ../../nbs/deploy/02_engines.ipynb #3daaf112
 def safe_scales(ints:Tensor,      # int8 [C, ...], or with the C channels on `axis`
                 w_scale:Tensor,   # float32 [C], may be 0; or [1] for all channels
                 bias:Tensor|None, # float32, one for each output channel
@@ -120,15 +119,12 @@ def safe_scales(ints:Tensor,      # int8 [C, ...], or with the C channels on `ax
                )->tuple[Tensor,Tensor]: # ints and scale that the kernels take
     "Raise weight scales until each channel's bias fits its int32"
     s = w_scale.double()
-    floor = torch.full_like(s, 2.**-60)
-    if bias is not None:
-        need = bias.double().abs()/(x_scale*2**29)
-        floor = torch.maximum(floor, need if len(need)==len(s) else need.max())
-    new = torch.maximum(s, floor)
+    least = least_scale(torch.zeros_like(s) if bias is None else bias, x_scale)
+    new = torch.maximum(s, least if len(least)==len(s) else least.max())
     ratio = (s/new).view([-1 if i==axis else 1 for i in range(ints.ndim)])
     return torch.round(ints*ratio).to(torch.int8), new.float()
 
-# %% ../../nbs/deploy/02_engines.ipynb #2f8891d7
+# %% ../../nbs/deploy/02_engines.ipynb #be418052
 @dataclass
 class Byte:
     "A value of the lowered graph that is held as bytes"
@@ -142,7 +138,8 @@ class Kernel:
     emit:object                   # f(low, n, ins, scale, zero_point) -> node
     reads:object                  # f(n) -> nodes that have to be bytes
     refuse:object                 # f(low, n, q) -> reason why not, or ''; `q` is the `quantize` node of the result
-    same_grid:bool = False        # does it write the grid that it reads?
+    @property
+    def same_grid(self)->bool: return self.refuse is _same_grid # it writes the grid that it reads
 
 engines,kernels = Registry('engine'),Registry('kernel')
 
@@ -151,9 +148,7 @@ def _both(n): return n.args[:2]
 def _list(n): return list(n.args[0])
 def _never(low, n, q): return ''
 def _same_grid(low, n, q):
-    src = n.args[0]
-    while op_of(src)!='dequantize': src = src.args[0]
-    return '' if tuple(q.args[1:3])==tuple(src.args[1:3]) else 'an average on another grid than its input'
+    return '' if tuple(q.args[1:3])==grid_at(n.args[0]) else 'an average on another grid than its input'
 
 def kernel(*ops,          # names of operations, as `op_of` has them
            reads=_first,  # f(n) -> nodes that have to be bytes
@@ -161,7 +156,7 @@ def kernel(*ops,          # names of operations, as `op_of` has them
           ):
     "Decorator: enter a function in the table of kernels"
     def _enter(f):
-        for o in ops: kernels[o] = Kernel(f, reads, refuse, refuse is _same_grid)
+        for o in ops: kernels[o] = Kernel(f, reads, refuse)
         return f
     return _enter
 
@@ -239,21 +234,18 @@ def cat(low, n, ins, scale, zero_point):
     if all((i.scale,i.zero_point)==(scale,zero_point) for i in ins): return low.call(torch.ops.aten.cat, ([i.node for i in ins], dim), n)
     return low.call(_q.cat, ([i.node for i in ins], dim, scale, zero_point), n)
 
-# %% ../../nbs/deploy/02_engines.ipynb #d5911a45
+# %% ../../nbs/deploy/02_engines.ipynb #bb70a068
 @kernel('mean', refuse=_same_grid)
 def mean(low, n, ins, scale, zero_point):
     "Over dimensions counted from the front: from the back, torch takes another kernel"
     return low.call(torch.ops.aten.mean, (ins[0].node, sorted(d%n.args[0].meta['val'].ndim for d in n.args[1]), *n.args[2:]), n, n.kwargs)
-
-@kernel('adaptive_avg_pool2d', 'avg_pool2d', refuse=_same_grid)
-def average(low, n, ins, scale, zero_point):
-    return low.call(n.target.overloadpacket, (ins[0].node, *n.args[1:]), n, n.kwargs)
 
 def _fixed_grid(scale, zero_point):
     def _refuse(low, n, q): return '' if (q.args[1],q.args[2])==(scale,zero_point) else f'its kernel writes steps of {scale:g} from zero point {zero_point} only'
     return _refuse
 
 def _as_it_is(low, n, ins, scale, zero_point): return low.call(n.target.overloadpacket, (ins[0].node, *n.args[1:]), n, n.kwargs)
+kernel('adaptive_avg_pool2d', 'avg_pool2d', refuse=_same_grid)(_as_it_is)
 kernel('hardsigmoid', refuse=_fixed_grid(1/256, 0))(_as_it_is)
 
 @kernel('sigmoid', refuse=lambda low, n, q: _fixed_grid(1/256, 0)(low, n, q) if low.engine.name=='qnnpack' else '')

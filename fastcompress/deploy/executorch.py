@@ -6,7 +6,7 @@
 __all__ = ['spellings', 'Translation', 'view', 'mean', 'pad', 'max_pool2d', 'avg_pool2d', 'hardsigmoid', 'matmul', 'attention',
            'count_calls', 'save_pte', 'PteModel', 'check_pte']
 
-# %% ../../nbs/deploy/08_executorch.ipynb #8c86bf84
+# %% ../../nbs/deploy/08_executorch.ipynb #e079f65a
 import logging,tempfile
 from collections import Counter
 from contextlib import contextmanager
@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 
 from ..core import Registry, plain, progress
-from .capture import get_tensor, layer_of, op_of
+from .capture import float_reasons, get_tensor, grid_at, layer_of, op_of
 from .engines import safe_scales
-from .lower import OpCheck, clamp_ends, is_free
+from .lower import OpCheck, check_against, clamp_ends, is_free
+from ..quantize.place import _contractions
 
 # %% ../../nbs/deploy/08_executorch.ipynb #613cc76f
 @contextmanager
@@ -44,9 +45,8 @@ def _executorch():
     except ImportError as e: raise ImportError(f"a .pte file needs executorch: pip install fastcompress[executorch] ({e})") from e
     return exir, XnnpackPartitioner, Runtime.get()
 
-# %% ../../nbs/deploy/08_executorch.ipynb #4d09e69a
+# %% ../../nbs/deploy/08_executorch.ipynb #fbe6fcef
 _coarsest = 2.**8 # accumulator step / result step of XNNPACK's convolutions and linear layers
-_contractions = {'conv1d','conv2d','conv3d','linear','conv_transpose1d','conv_transpose2d','conv_transpose3d'}
 _sums,_means,_pads = {'add','sub'},{'adaptive_avg_pool2d','mean'},{'pad','constant_pad_nd'}
 _same,_shapes = {'contiguous','dropout','detach','alias'},{'flatten','view','reshape'}
 _known_moves = {'max_pool2d','permute','transpose'}
@@ -89,7 +89,7 @@ class Translation:
         self.adjusted,self.refused = {},{}            # reference node -> what was changed; why no int8 kernel may take it
         self.match()
 
-# %% ../../nbs/deploy/08_executorch.ipynb #e10e9405
+# %% ../../nbs/deploy/08_executorch.ipynb #b35cdf5b
 @patch
 def takes(self:Translation, n)->bool:
     "Has XNNPACK an int8 kernel for `n`?"
@@ -105,9 +105,7 @@ def takes(self:Translation, n)->bool:
 def coarse(self:Translation, n, q)->bool:
     "Is the accumulator of `n` too coarse for the grid of `q`?"
     if op_of(n) not in _contractions: return False
-    x = n.args[0]
-    while op_of(x)!='dequantize': x = x.args[0]
-    if get_tensor(self.ref, n.args[1].args[1]).max().item()*x.args[1] < _coarsest*q.args[1]: return False
+    if get_tensor(self.ref, n.args[1].args[1]).max().item()*grid_at(n.args[0])[0] < _coarsest*q.args[1]: return False
     self.refused[n] = "its result's steps are finer than a 256th of the accumulator's"
     return True
 
@@ -342,7 +340,7 @@ def run(self:Translation)->fx.GraphModule:
     gm.recompile()
     return gm
 
-# %% ../../nbs/deploy/08_executorch.ipynb #60e817bd
+# %% ../../nbs/deploy/08_executorch.ipynb #ae663540
 def _named(n, *names)->bool: return n.op=='call_function' and getattr(n.target, '__name__', '').removeprefix('quantized_decomposed.').startswith(names)
 def _implicit(n)->bool: return bool(n.meta.get('IS_IMPLICIT_Q_DQ_TAG')) # part of a kernel's pattern
 
@@ -379,8 +377,7 @@ def _float_rows(edge, tr)->list[dict]: # layer, op, where ('xnnpack' or 'portabl
     "The operations of the reference graph that don't run on integers"
     nodes = {n.name: n for n in tr.ref.graph.nodes}
     site = lambda n: (layer_of(n), op_of(n))
-    why = {(s.partition(':')[0], s.partition(':')[2].partition('.')[0]): w for s,w in tr.ref.meta.get('floats', {}).items()}
-    ends,rows = {src for src,_ in tr.matched.values()},{}
+    why,ends,rows = float_reasons(tr.ref),{src for src,_ in tr.matched.values()},{}
     for i,n,int8 in _edge_calls(edge):
         src = nodes.get(n.meta.get('custom', {}).get('fastcompress'))
         if src is None or int8 or op_of(src) in ('quantize','dequantize') or (i is not None and _named(n, 'quantize_', 'dequantize_')): continue
@@ -479,18 +476,7 @@ class PteModel:
 
     def __repr__(self): return f"PteModel({self.path.name}, batch {'up to ' if self.open_batch else ''}{self.max_batch})"
 
-# %% ../../nbs/deploy/08_executorch.ipynb #a14d6772
-class _Forced(fx.Interpreter):
-    "Runs a reference graph on the integers of another run"
-    def __init__(self, gm, values): super().__init__(gm); self.values,self.checks = values,[]
-    def run_node(self, n):
-        v = super().run_node(n)
-        if op_of(n)!='quantize': return v
-        real = (self.values[n.name].int()+128).to(v.dtype)
-        d = (v.int()-real.int()).abs()
-        self.checks.append(OpCheck(layer_of(n), n.args[5], int(d.max()), (d>0).float().mean().item()))
-        return real
-
+# %% ../../nbs/deploy/08_executorch.ipynb #40972eae
 def check_pte(ref:fx.GraphModule, # folded reference graph, as for `save_pte`
               args:tuple,         # inputs, batch first
               show:bool=True,     # a bar over the steps
@@ -501,6 +487,4 @@ def check_pte(ref:fx.GraphModule, # folded reference graph, as for `save_pte`
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'taps.pte').write_bytes(program.buffer)
         outs = PteModel(Path(d)/'taps.pte')._run(args)
-    forced = _Forced(ref, {n.name: o for n,o in zip(tr.tapped, outs[len(outs)-len(tr.tapped):])})
-    with torch.no_grad(): forced.run(*args)
-    return forced.checks
+    return check_against(ref, {n.name: o.int()+128 for n,o in zip(tr.tapped, outs[len(outs)-len(tr.tapped):])}, args)

@@ -7,7 +7,7 @@ __all__ = ['formats', 'scriptable_', 'slim_ptl', 'save_ptl', 'recording', 'captu
            'float_rows', 'Target', 'Written', 'Format', 'check_args', 'unfit', 'export_mobile', 'MobileModel',
            'load_mobile', 'predict_fresh']
 
-# %% ../../nbs/deploy/04_mobile.ipynb #4901dada
+# %% ../../nbs/deploy/04_mobile.ipynb #545c1e26
 import copy,io,json,logging,re,subprocess,sys,tempfile,warnings,zipfile,zlib
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr
@@ -24,16 +24,16 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from .. import __version__
 from ..core import Registry, as_args, check_writable, eval_mode, near, plain
 from .bundle import bundle_dir, check_bundle, load_golden, save_golden as _save_golden, seal
-from .capture import capture, get_tensor, layer_of, op_of
+from .capture import capture, float_reasons, get_tensor, layer_of, op_of
 from .engines import Packed, engines, use_engine
-from .fallback import ladder
+from .fallback import ladder, refuse_islands
 from .fold import Normalised, fold_, fold_input_norm, reparameterise_
 from .lower import Island, clamp_ends, fold_all_, node_macs
 from .snippets import describe_file, readme
 from ..measure.count import flush_subnormals_, n_subnormal
 from ..measure.quality import agreement, sqnr
 from ..measure.report import Report, decibel, nbytes, percent
-from ..quantize.place import Placement, place, profiles, record
+from ..quantize.place import Placement, _contractions, place, profiles, record
 from ..quantize.simulate import Simulation, calibrate_, release_, sim_mode, simulate_, simulation
 
 # %% ../../nbs/deploy/04_mobile.ipynb #b835d131
@@ -220,9 +220,8 @@ def _check_rows(r):
     rows += [('numbers stored', f'{r.params:,}, of which {r.nonzero:,} are not zero'), ('subnormal numbers set to zero', f'{r.flushed:,}'), ('batch', f'{r.fixed_batch}' if r.fixed_batch else 'any'), *((k, str(v)) for k,v in r.details.items())]
     return [dict(check=a, value=b) for a,b in rows]
 
-# %% ../../nbs/deploy/04_mobile.ipynb #8d8d7df5
+# %% ../../nbs/deploy/04_mobile.ipynb #fa37ed08
 _ours = {'quantize','dequantize','quantize_channels','dequantize_channels'}
-_contractions = {'conv1d','conv2d','conv3d','linear','conv_transpose1d','conv_transpose2d','conv_transpose3d'}
 _same_op = {'upsample_nearest2d':'interpolate', 'slice':'narrow', 'constant_pad_nd':'pad', 'split_with_sizes':'split', 'concat':'cat', '_softmax':'softmax'}
 
 def _name(n): return _same_op.get(op_of(n), op_of(n))
@@ -235,8 +234,7 @@ def float_rows(ref:fx.GraphModule, # folded reference graph
                profile,            # of the engine that will run it
               )->tuple:            # `Island` rows, {'int': MACs, 'float': MACs}
     "What `ref` holds in float, and why"
-    why = {(s.partition(':')[0], s.partition(':')[2].partition('.')[0]):w for s,w in ref.meta.get('floats', {}).items()}
-    grid,ints,rows,macs = set(),set(),[],Counter()
+    why,grid,ints,rows,macs = float_reasons(ref),set(),set(),[],Counter()
     for n in ref.graph.nodes:
         if n.op!='call_function' or op_of(n) in _ours-{'dequantize'} or not isinstance(n.meta.get('val'), Tensor): continue
         read = [a for a in n.all_input_nodes if a.op!='get_attr' and op_of(a)!='dequantize_channels' and isinstance(a.meta.get('val'), Tensor)]
@@ -270,7 +268,7 @@ def _out_step(ref)->float|None:
         n = n.args[0]
     return n.args[1] if isinstance(n, fx.Node) else None
 
-# %% ../../nbs/deploy/04_mobile.ipynb #6295ece1
+# %% ../../nbs/deploy/04_mobile.ipynb #1150cf5c
 @dataclass(frozen=True)
 class Target:
     "Who will run the file"
@@ -303,11 +301,6 @@ class Format:
 
 formats = Registry('format')
 
-def _refuse_islands(islands, strict):
-    if strict and islands:
-        i = islands[0]
-        raise RuntimeError(f"strict: {i.op} in {i.layer or 'the model'} stays in float ({i.reason}); {len(islands)} operations do. strict=False ships them as float islands.")
-
 def _ptl_target(engine):
     eng = engines.resolve('qnnpack' if engine is None else engine) if engine is None or isinstance(engine, str) else engine
     with use_engine(eng.name): return Target(eng.name, eng.profile, eng)
@@ -327,7 +320,7 @@ def _load_ptl(file, engine):
 
 formats['ptl'] = Format('model.ptl', _ptl_target, _write_ptl, _load_ptl)
 
-# %% ../../nbs/deploy/04_mobile.ipynb #d5403b14
+# %% ../../nbs/deploy/04_mobile.ipynb #2b22dcfb
 def _only(engine, name, fmt):
     if engine not in (None, name): raise ValueError(f"format={fmt!r} files run on {name}, not on {engine!r}. Leave engine out." + (f" Files for {engine} are format='ptl'." if engine in engines else ''))
 
@@ -354,7 +347,7 @@ def _write_pte(gm, path, target, args, fallback, strict, show, float_graph=None)
     macs = {(layer_of(n), op_of(n)):node_macs(n) for n in ref.graph.nodes}
     left = dict(xnnpack="in float, by XNNPACK", portable="in float, by ExecuTorch's portable kernels")
     islands = [Island(f['layer'], f['op'], f['reason'], left.get(f['where'], f['where']), macs.get((f['layer'], f['op']), 0)) for f in done['floats']]
-    _refuse_islands(islands, strict)
+    if strict: refuse_islands(islands)
     adjusted = [f"XNNPACK's limits changed {len(done['adjusted'])} values, as in {a['layer']} ({a['op']}): {a['what']}." for a in done['adjusted'][:1]]
     total,floats = sum(node_macs(n) for n in ref.graph.nodes),sum(i.macs for i in islands)
     details = {k: done[k] for k in ('partitions','int8','float','portable','roundings','arena','batch')}
@@ -364,7 +357,7 @@ def _write_onnx(gm, path, target, args, fallback, strict, show, float_graph=None
     from fastcompress.deploy.onnx import check_onnx, save_onnx
     ref = fold_all_(gm)
     islands,macs = float_rows(ref, target.profile)
-    _refuse_islands(islands, strict)
+    if strict: refuse_islands(islands)
     save_onnx(ref, path, args, dynamic_batch=gm.meta.get('fixed_batch') is None)
     return Written('exported', islands, macs, *_held(ref), check_onnx(path, ref, args), _out_step(ref), fixed_batch=gm.meta.get('fixed_batch'))
 

@@ -6,7 +6,7 @@
 __all__ = ['opset', 'clamps_', 'pools_', 'moves_', 'rows_', 'attention_', 'silus_', 'biases_', 'batch_', 'qdq_', 'translations',
            'tidy_onnx_', 'save_onnx', 'session', 'OnnxModel', 'ran_ops', 'check_onnx']
 
-# %% ../../nbs/deploy/07_onnx.ipynb #6ab1a948
+# %% ../../nbs/deploy/07_onnx.ipynb #11bf3597
 import copy, logging, re, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from ..core import as_args, plain, progress
 from .capture import clean_, get_tensor, layer_of, op_of, put
 from .engines import safe_scales
-from .lower import OpCheck, clamp_ends
+from .lower import OpCheck, check_against, clamp_ends
 from ..quantize.affine import quantize_bias
-from ..quantize.place import has_vnni
+from ..quantize.place import _contractions, has_vnni
 
 # %% ../../nbs/deploy/07_onnx.ipynb #189da769
 def _need():
@@ -154,13 +154,11 @@ def silus_(gm:fx.GraphModule)->fx.GraphModule:
             n.replace_all_uses_with(_call(gm, n, _aten.mul.Tensor, dq, _call(gm, n, _ours.dequantize.default, g, 1/256, 0)))
     return clean_(gm)
 
-# %% ../../nbs/deploy/07_onnx.ipynb #85585972
+# %% ../../nbs/deploy/07_onnx.ipynb #13392ec5
 def _numbers(gm, n, name, **tensors):
     "A node that dequantizes stored integers, called `name` in the layer of `n`"
     at = [put(gm, f'{layer_of(n)}.{name}{k}'.lstrip('.'), t, before=n) for k,t in tensors.items()]
     with gm.graph.inserting_before(n): return _call(gm, n, _ours.dequantize_channels.default, *at)
-
-_contractions = {'linear', *(f'conv{t}{d}d' for t in ('','_transpose') for d in (1,2,3))}
 
 def biases_(gm:fx.GraphModule)->fx.GraphModule:
     "Biases as int32; wide weights as int16"
@@ -353,17 +351,7 @@ def ran_ops(path # ONNX file
         session(path, optimized=Path(d)/'o.onnx')
         return Counter(n.op_type for n in _need()[0].load(Path(d)/'o.onnx').graph.node)
 
-# %% ../../nbs/deploy/07_onnx.ipynb #381690b0
-class _Forced(fx.Interpreter):
-    def __init__(self, gm, ints): super().__init__(gm); self.ints,self.checks = ints,[]
-    def run_node(self, n):
-        v = super().run_node(n)
-        if op_of(n)!='quantize': return v
-        real = self.ints[n.name].view(v.shape)
-        d = (v.int()-real).abs()
-        self.checks.append(OpCheck(layer_of(n), n.args[5], int(d.max()), (d>0).float().mean().item()))
-        return real.to(v.dtype)
-
+# %% ../../nbs/deploy/07_onnx.ipynb #6001f7e1
 def check_onnx(path,               # file from `save_onnx`
                ref:fx.GraphModule, # what it was written from
                x,                  # input batch: tensor or tuple
@@ -376,6 +364,4 @@ def check_onnx(path,               # file from `save_onnx`
     model.graph.output.extend(known[n+'_int'] for n in names)
     s = session(model.SerializeToString())
     ints = s.run([n+'_int' for n in names], {i.name:a.numpy() for i,a in zip(s.get_inputs(), args)})
-    forced = _Forced(ref, {n:torch.from_numpy(v.astype(np.int32)) for n,v in zip(names, ints)})
-    with torch.no_grad(): forced.run(*args)
-    return forced.checks
+    return check_against(ref, {n:torch.from_numpy(v.astype(np.int32)) for n,v in zip(names, ints)}, args)

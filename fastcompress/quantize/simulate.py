@@ -6,7 +6,7 @@
 __all__ = ['Quantizer', 'Dynamic', 'widths', 'Tails', 'Simulation', 'simulation', 'release_', 'simulate_', 'simulation_to_dict',
            'simulation_from_dict', 'attach_', 'sim_mode', 'calibrate_', 'site_sqnr']
 
-# %% ../../nbs/quantize/02_simulate.ipynb #bf0e375e
+# %% ../../nbs/quantize/02_simulate.ipynb #569a6859
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -18,7 +18,7 @@ from ..measure.quality import sqnr
 from .affine import QParams, affine_qparams, dequantize, fake_quant, int_range, quantize
 from .exact import Contraction, Elementwise, bytewise, integer_sum, steps_of
 from .observe import observers, weight_qparams
-from .place import OpMode, Paths, Placement, Profile, _placed, _tensors, place, placement_from_dict, placement_to_dict, profiles, record
+from .place import OpMode, Paths, Placement, Profile, _placed, _tensors, call_ends, place, placement_from_dict, placement_to_dict, profiles, record
 
 # %% ../../nbs/quantize/02_simulate.ipynb #b3c375aa
 def _per_tensor(scale, zero_point, qmin=0, qmax=255):
@@ -138,7 +138,7 @@ class Dynamic(nn.Module):
         lo,hi = torch.aminmax(x.detach())
         return fake_quant(x, affine_qparams(lo, hi, bits=q.bits))
 
-# %% ../../nbs/quantize/02_simulate.ipynb #2e482218
+# %% ../../nbs/quantize/02_simulate.ipynb #f5a621dc
 def _wide(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 def widths(bits,          # a width, or {layer name, glob or key: width}; None is the profile's
@@ -162,15 +162,6 @@ def widths(bits,          # a width, or {layer name, glob or key: width}; None i
 class Tails:
     "For each site that ends or fuses into a contraction: which one"
     def __init__(self, placement): self.begun = {s: n for n,spot in placement.spots.items() if spot.reads for s in (n, *spot.tail)}
-
-def _ends(op, args, kwargs)->tuple:
-    "The two ends of a clamping call"
-    inf = float('inf')
-    lo,hi = dict(relu=(0., inf), relu6=(0., 6.), hardtanh=(-1., 1.)).get(op, (-inf, inf))
-    if op in ('hardtanh','clamp'):
-        a = args[1:]
-        lo,hi = (a[0] if a else kwargs.get('min_val', kwargs.get('min', lo))),(a[1] if len(a)>1 else kwargs.get('max_val', kwargs.get('max', hi)))
-    return -inf if lo is None else lo, inf if hi is None else hi
 
 class Simulation(nn.Module):
     "The quantizers of a model and what they do in its forward: 'off', 'observe', 'fake' or 'ship'"
@@ -215,7 +206,7 @@ class Simulation(nn.Module):
         if spot is None and not follows: return func(*args, **kwargs)
         args,kwargs = _placed(op, args, kwargs)
         out = func(*args, **kwargs) if spot is None else self._run(name, spot, op, func, args, kwargs)
-        if follows: self._follow(self.sums[begun], op, func, args, kwargs, out)
+        if follows: self._follow(begun, op, func, args, kwargs, out)
         if spot is None or spot.output is None: return out
         if begun in self.sums: out = self._exact(self.sums.pop(begun)[0], spot.output, out)
         elif self.mode!='observe' or spot.watch: out = self._q(spot.output, out) # a shared grid is watched at its source
@@ -264,14 +255,14 @@ class Simulation(nn.Module):
         self.sums[name] = c,out
         return out
 
-    def _follow(self, sum_, op, func, args, kwargs, out):
+    def _follow(self, begun, op, func, args, kwargs, out):
         "Let an exact contraction follow an operation that fuses into it"
-        c,last = sum_
+        c,last = self.sums[begun]
         if op=='batch_norm': c.norm_(*args[1:5], args[7])
         elif op=='mul': c.scale_(args[1] if args[0] is last else args[0])
         elif op in ('permute','transpose'): c.move_(lambda t: func(t, *args[1:], **kwargs))
-        elif op!='dropout': c.clamps.append(_ends(op, args, kwargs))
-        self.sums[next(k for k,v in self.sums.items() if v is sum_)] = c,out
+        elif op!='dropout': c.clamps.append(call_ends(op, args, kwargs))
+        self.sums[begun] = c,out
 
     def _exact(self, c, key, out):
         "The end of an exact contraction; `out` is what it would be by way of float"
