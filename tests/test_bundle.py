@@ -5,8 +5,9 @@ import numpy as np
 import pytest, torch
 from torch import nn
 import torch.nn.functional as F
-import fastcompress.deploy.bundle as bundle_module, fastcompress.deploy.mobile as mobile
-from fastcompress.deploy.bundle import bundle_dir, check_bundle, digest, seal, sweep_
+import fastcompress.core as core, fastcompress.deploy.mobile as mobile
+from fastcompress.core import atomic_dir, sweep_
+from fastcompress.deploy.bundle import check_bundle, digest, seal, sha
 from fastcompress.deploy.mobile import ExportReport, export_float, export_mobile, formats, load_mobile, predict_fresh, unfit
 from fastcompress.deploy.snippets import languages, readme
 from fastcompress.measure.quality import sqnr
@@ -370,7 +371,7 @@ def test_resealed_with_another_golden_shape(phone):
 def test_a_model_file_that_is_none(phone):
     "Checksums right, contents nonsense"
     (phone/'model.ptl').write_bytes(b'no model'*100)
-    def f(i): i['sha256']['model.ptl'] = bundle_module.sha(phone/'model.ptl')
+    def f(i): i['sha256']['model.ptl'] = sha(phone/'model.ptl')
     edit(phone, f)
     with pytest.raises(RuntimeError, match="model.ptl can't be loaded here"): load_mobile(phone)
 
@@ -378,7 +379,7 @@ def test_a_model_file_that_is_none(phone):
 def test_a_pickle_among_the_arrays(phone):
     "np.load would run it"
     np.save(phone/'golden_input.npy', np.array([print], dtype=object), allow_pickle=True)
-    def f(i): i['sha256']['golden_input.npy'] = bundle_module.sha(phone/'golden_input.npy')
+    def f(i): i['sha256']['golden_input.npy'] = sha(phone/'golden_input.npy')
     edit(phone, f)
     with pytest.raises(ValueError, match='golden_input.npy is damaged'): load_mobile(phone)
 
@@ -424,8 +425,8 @@ def killed_export(path, point):
     if point=='report': ExportReport.page = die
     if point=='texts': mobile._save_texts = dies_after(mobile._save_texts)
     if point=='seal': mobile.seal = dies_after(mobile.seal)
-    if point=='before_exchange': bundle_module._exchange = die
-    if point=='after_exchange': bundle_module._exchange = dies_after(bundle_module._exchange)
+    if point=='before_exchange': core._exchange = die
+    if point=='after_exchange': core._exchange = dies_after(core._exchange)
     x = batch(seed=9)
     export_mobile(net(), x, path, [x], show=False)
 
@@ -449,24 +450,24 @@ def test_killed(start, phone, point):
 
 
 def killed_set_aside(path):
-    bundle_module._exchange = lambda a, b: False
+    core._exchange = lambda a, b: False
     rename = Path.rename
     def _rename(self, to):
         rename(self, to)
         if str(to).endswith('.was'): os._exit(9)
     Path.rename = _rename
-    with bundle_dir(path) as d: (d/'input.json').write_text('{}')
+    with atomic_dir(path, 'input.json') as d: (d/'input.json').write_text('{}')
 
 def test_killed_where_folders_cannot_be_exchanged(start, phone):
     before = contents(phone)
     p = start(killed_set_aside, str(phone)); p.join(120)
     assert p.exitcode==9 and not phone.exists()
-    sweep_(phone)
+    sweep_(phone, 'input.json')
     assert contents(phone)==before and [o.name for o in phone.parent.iterdir()]==['phone']
 
 
 def writing(path, started, go_on):
-    with bundle_dir(path) as d:
+    with atomic_dir(path, 'input.json') as d:
         (d/'input.json').write_text('{}')
         started.touch()
         while not go_on.exists(): __import__('time').sleep(.01)

@@ -7,7 +7,7 @@ __all__ = ['formats', 'scriptable_', 'slim_ptl', 'save_ptl', 'recording', 'captu
            'float_rows', 'Target', 'Written', 'Format', 'check_args', 'unfit', 'export_mobile', 'MobileModel',
            'load_mobile', 'predict_fresh']
 
-# %% ../../nbs/deploy/04_mobile.ipynb #545c1e26
+# %% ../../nbs/deploy/04_mobile.ipynb #24cbe96c
 import copy,io,json,logging,re,subprocess,sys,tempfile,warnings,zipfile,zlib
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr
@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from torch.jit.mobile import _load_for_lite_interpreter
 
 from .. import __version__
-from ..core import Registry, as_args, check_writable, eval_mode, near, plain
-from .bundle import bundle_dir, check_bundle, load_golden, save_golden as _save_golden, seal
+from ..core import Registry, as_args, atomic_dir, check_writable, eval_mode, near, plain
+from .bundle import check_bundle, load_golden, save_golden as _save_golden, seal
 from .capture import capture, float_reasons, get_tensor, layer_of, op_of
 from .engines import Packed, engines, use_engine
 from .fallback import ladder, refuse_islands
@@ -504,7 +504,7 @@ def _inside(model, args, norm)->tuple: # model that takes raw inputs, raw inputs
     left = [w for w,v in (('subtracting the mean', new.mean), ('dividing by the deviation', new.scale)) if v is not None] if isinstance(new, Normalised) else []
     return new, _raw(args, norm), [f"the normalisation is in the file: {' and '.join(left)+' in float in front, the rest ' if left else ''}in the first layer's numbers." if len(left)<2 else "the normalisation is in the file, in float in front of the first layer."]
 
-# %% ../../nbs/deploy/04_mobile.ipynb #e2b08696
+# %% ../../nbs/deploy/04_mobile.ipynb #db83d23a
 def _tuple(o): return tuple(o) if isinstance(o, (tuple, list)) else (o,)
 
 def _specs(ts, more, golden, bound, given)->list:
@@ -595,7 +595,7 @@ def export_mobile(model:nn.Module,      # float, or simulated and calibrated
     flushed = n_subnormal(model)
     gm = captured(model, given, batch)
     flush_subnormals_(gm)
-    with bundle_dir(path) as tmp:
+    with atomic_dir(path, 'input.json') as tmp:
         done = fmt.write(gm, tmp/fmt.file, target, given, fallback, strict, show, lambda: _float_graph(model, given, batch))
         file = fmt.load(tmp/fmt.file, target.engine)
         y,bound = file(*given),done.fixed_batch or (len(given[0]) if done.how=='traced' else None)
