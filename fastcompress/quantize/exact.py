@@ -121,7 +121,7 @@ class Contraction:
         else: total = self.acc+b
         return saturated(total.mul_(self.w_scale*self.x_scale*(1/s)).round_().add_(z), qp, self.clamps)
 
-# %% ../../nbs/quantize/02_exact.ipynb #77c0d243
+# %% ../../nbs/quantize/02_exact.ipynb #013b9fb9
 bytewise = Registry('exact operation')
 
 @bytewise('add')
@@ -171,9 +171,13 @@ def adaptive_steps(xs, scales, qp, size, **kwargs)->Tensor|None:
     return _averaged(xs, qp, (x.shape[2]//size[0])*(x.shape[3]//size[1]), lambda t: adaptive_avg_pool2d(t, size))
 
 @bytewise('avg_pool2d')
-def avg_pool_steps(xs, scales, qp, kernel_size, stride=None, padding=0, ceil_mode=False, *args, **kwargs)->Tensor|None:
-    "Windows that end inside"
-    if ceil_mode: return None
+def avg_pool_steps(xs, scales, qp, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None)->Tensor:
+    "Windows that end inside are qnnpack's, which always counts the padding; others are torch's own kernel's"
+    if ceil_mode:
+        def pool(t, *how): return avg_pool2d(t, kernel_size, stride, padding, True, *how)
+        x,ones = xs[0].double(),torch.ones_like(xs[0][:1,:1]).double()
+        n = divisor_override or torch.round(pool(ones, True, 1)/pool(ones, count_include_pad))
+        return torch.round(pool(x, True, 1).float()*(1/torch.as_tensor(n).float())) + qp.zero_point
     k = kernel_size**2 if isinstance(kernel_size, int) else kernel_size[0]*kernel_size[-1]
     return _averaged(xs, qp, k, lambda t: avg_pool2d(t, kernel_size, stride, padding))
 
