@@ -121,6 +121,26 @@ def test_poolings_are_delegated(tmp_path):
     assert r['portable']==0 and r['partitions']==1 and sqnr(want, pte(rand(2,3,8,8)))>25
 
 
+@pytest.mark.parametrize('cut', [lambda x: x.split(4, 1), lambda x: x.chunk(3, 1), lambda x: x.split([2, 4, 6], dim=1), lambda x: x.unbind(3)[:3], lambda x: torch.split(x, 4, -1)[-2:]], ids=['split','chunk','sizes','unbind','last'])
+def test_parts_stay_on_integers_with_an_open_batch(cut, tmp_path):
+    torch.manual_seed(0)
+    x = rand(4, 3, 8, 8)
+    def run(m, x):
+        ps = cut(m.a(x))
+        return sum((m.e(p) if p.ndim==3 else getattr(m, f'c{p.shape[1]}')(p)).mean((-1, -2)) for p in ps)
+    net = Net(run, a=conv(3, 12), e=nn.Conv1d(12, 5, 3), **{f'c{i}': conv(i, 5) for i in (2, 4, 6, 12)})
+    r,f,want = shipped(net, (x,), tmp_path)
+    assert r['open_batch'] and sqnr(want, f(x))>25 and sqnr(f(x)[:1], f(x[:1]))>60 # other batches than the example's
+    assert r['int8']>=3 # what reads the parts, too
+
+def test_a_batch_that_executorch_binds_is_one(monkeypatch, tmp_path):
+    "Its verifier binds an open batch to the example's at a list of tensors"
+    import fastcompress.deploy.executorch as module
+    monkeypatch.setattr(module, 'split_up', lambda ref: ref)
+    x = rand(4, 3, 8, 8)
+    r,f,want = shipped(Net(lambda m, x: sum(p.mean((2, 3)) for p in m.a(x).split(4, 1)), a=conv(3, 12)), (x,), tmp_path)
+    assert (r['batch'],r['open_batch'])==(1,False) and sqnr(want, f(x))>40
+
 @pytest.mark.parametrize('arch', ['test_resnet', pytest.param('test_efficientnet', marks=pytest.mark.slow)])
 def test_timm(arch, tmp_path):
     model,x = timm_model(arch, 64)
