@@ -793,6 +793,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastcompress/deploy/capture.py'),
                                              'fastcompress.deploy.capture._functional': ( 'deploy/capture.html#_functional',
                                                                                           'fastcompress/deploy/capture.py'),
+                                             'fastcompress.deploy.capture._inline': ( 'deploy/capture.html#_inline',
+                                                                                      'fastcompress/deploy/capture.py'),
                                              'fastcompress.deploy.capture._like': ( 'deploy/capture.html#_like',
                                                                                     'fastcompress/deploy/capture.py'),
                                              'fastcompress.deploy.capture._merge_quantize': ( 'deploy/capture.html#_merge_quantize',

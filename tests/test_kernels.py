@@ -55,7 +55,8 @@ NETS = dict(
     # by way of float
     silu=(lambda: Net(lambda s, x: F.silu(x)), [], ['silu']), gelu=(lambda: Net(lambda s, x: F.gelu(x)), [], ['gelu']), bilinear=(lambda: Net(lambda s, x: F.interpolate(x, scale_factor=2, mode='bilinear')), [], ['upsample_bilinear2d']),
     layer_norm=(lambda: Net(lambda s, x: F.layer_norm(x.permute(0,2,3,1), (8,)).permute(0,3,1,2)), [], ['layer_norm','permute']), largest=(lambda: Net(lambda s, x: F.adaptive_max_pool2d(x, 2)), [], ['adaptive_max_pool2d']),
-    dilated_pool=(lambda: Net(lambda s, x: F.max_pool2d(x, 3, 1, 1, 2)), [], ['max_pool2d']), residual_of_silu=(lambda: Net(lambda s, x: x+F.silu(s.c(x)), c=nn.Conv2d(8, 8, 1)), [], ['silu','add']), replicate=(lambda: Net(lambda s, x: F.pad(x, (1,1,1,1), mode='replicate')), [], ['pad']))
+    dilated_pool=(lambda: Net(lambda s, x: F.max_pool2d(x, 3, 1, 1, 2)), [], ['max_pool2d']), residual_of_silu=(lambda: Net(lambda s, x: x+F.silu(s.c(x)), c=nn.Conv2d(8, 8, 1)), [], ['silu','add']), replicate=(lambda: Net(lambda s, x: F.pad(x, (1,1,1,1), mode='replicate')), [], ['pad']),
+    far_pad=(lambda: Net(lambda s, x: s.c(F.pad(x.chunk(2, 1)[1], (0,1), value=50.)), c=nn.Conv2d(4, 8, 1)), ['chunk'], ['pad']), far_sum=(lambda: Net(lambda s, x: (lambda v: v/v[..., -1:]+s.c(x)[..., -1:])(F.pad(x, (0,1), value=50.)), c=nn.Conv2d(8, 8, 1)), [], ['pad','div','add','slice']))
 
 def made(name, profile='qnnpack'):
     torch.manual_seed(0)

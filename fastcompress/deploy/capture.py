@@ -60,7 +60,7 @@ def put(gm:fx.GraphModule,
     n.meta.update(before.meta)
     return n
 
-# %% ../../nbs/deploy/00_capture.ipynb #35dd0d42
+# %% ../../nbs/deploy/00_capture.ipynb #bcd49eda
 _noops = {'dropout', 'detach', 'detach_', 'alias', 'lift_fresh_copy', 'feature_dropout', 'dropout_'}
 
 _views = set('view reshape slice select transpose permute unsqueeze squeeze expand flatten unflatten narrow alias detach unbind split split_with_sizes chunk getitem contiguous to t movedim diagonal as_strided'.split())
@@ -89,6 +89,29 @@ def _written(gm, n):
     packet = getattr(torch.ops.aten, op_of(n)[:-1], None)
     if packet is None or n.target._overloadname not in packet.overloads(): return None
     return _like(gm, getattr(packet, n.target._overloadname), n.args, n.kwargs, n)
+
+_blocks = {'wrap_with_set_grad_enabled', 'wrap_with_autocast'}
+
+def _inline(gm):
+    "Put the bodies of `with` blocks where they are called"
+    for n in list(gm.graph.nodes):
+        if op_of(n) not in _blocks: continue
+        if op_of(n)=='wrap_with_autocast' and n.args[2]: raise ValueError(f"{layer_of(n) or 'the model'} computes in {n.args[1]} by its own torch.autocast; nothing can be said about its float32 form. Take the autocast out of the model.")
+        i = next(i for i,a in enumerate(n.args) if isinstance(a, fx.Node))
+        name = n.args[i].target
+        body = operator.attrgetter(name)(gm)
+        _inline(body)
+        new = dict(zip((p for p in body.graph.nodes if p.op=='placeholder'), n.args[i+1:]))
+        with gm.graph.inserting_before(n):
+            for m in body.graph.nodes:
+                if m.op in ('placeholder','output'): continue
+                new[m] = gm.graph.node_copy(m, new.__getitem__)
+                if m.op=='get_attr': new[m].target = f'{name}.{m.target}'
+        outs = fx.map_arg(body.graph.output_node().args[0], new.__getitem__)
+        for u in list(n.users): # each picks one of the outputs
+            u.replace_all_uses_with(outs[u.args[1]])
+            gm.graph.erase_node(u)
+        gm.graph.erase_node(n)
 
 _scatters = dict(slice=torch.ops.aten.slice_scatter.default, select=torch.ops.aten.select_scatter.default)
 
@@ -139,6 +162,7 @@ def _merge_quantize(gm):
 
 def tidy_(gm:fx.GraphModule)->fx.GraphModule:
     "Take out of a recorded graph what means nothing for inference"
+    _inline(gm)
     for n in list(gm.graph.nodes):
         if (n.op=='call_module' and n.target=='_guards_fn') or op_of(n).startswith(('_assert', 'sym_constrain')): gm.graph.erase_node(n)
         elif op_of(n) in _noops:

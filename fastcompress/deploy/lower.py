@@ -75,7 +75,7 @@ class Lowering:
         self.zeros,self.used = torch.zeros(max(n, default=1), dtype=torch.int64),Counter() # the zero points of all weights
         self.pools = dict(scales=torch.zeros(sum(n), dtype=torch.float64), biases=torch.zeros(sum(n))) # a file holds one tensor of each, not one per layer
 
-# %% ../../nbs/deploy/03_lower.ipynb #72c2a308
+# %% ../../nbs/deploy/03_lower.ipynb #c9dc536b
 @patch
 def stored_weight(self:Lowering, n)->tuple[Tensor,Tensor]: # ints, scale [C]
     "Integers and scales of the weight of contraction `n`"
@@ -85,7 +85,8 @@ def stored_weight(self:Lowering, n)->tuple[Tensor,Tensor]: # ints, scale [C]
 @patch
 def moves_bytes(self:Lowering, n)->bool:
     "Does `n` give back numbers that it was given, so that what it makes lies on the grid of what it reads?"
-    op = op_of(n)
+    op,value = op_of(n),n.args[{'pad':3, 'constant_pad_nd':2}.get(op_of(n), 9):]
+    if value and value[0] not in (None, 0, -float('inf')): return False # a pad with a number that the grid may not hold; minus infinity, before a max pooling, is the lowest byte
     return op in self.engine.moves or op in self.engine.detours or op in rewrites
 
 @patch
