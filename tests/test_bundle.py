@@ -515,3 +515,26 @@ def test_ranges_too_wide_for_an_engine(tmp_path):
     assert not (tmp_path/'p').exists()
     r = export_mobile(net, x, tmp_path/'p', engine='x86', calibration=[x], show=False)
     assert r.max_steps<=1 and r.islands==[]
+
+
+# ---- an engine that computes something else
+
+def test_what_an_engine_computes_differently_is_said(tmp_path, monkeypatch):
+    "onnxruntime's integer softmax over channels; in its parts it is right"
+    pytest.importorskip('onnxruntime'); pytest.importorskip('onnxscript')
+    import fastcompress.deploy.onnx as onnx
+    class Gate(nn.Module):
+        def __init__(self): super().__init__(); self.c,self.g = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 16, 1)
+        def forward(self, x):
+            y = self.c(x)
+            return (self.g(y.mean((2, 3), keepdim=True)).view(len(x), 2, 8, 1, 1).softmax(1)[:, 0]*y)
+    x = batch()
+    how = dict(calibration=[x], format='onnx', show=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert export_mobile(Gate().eval(), x, tmp_path/'right', **how).max_steps<=1
+    monkeypatch.setattr(onnx, 'softmaxes_', lambda gm: gm)
+    with pytest.warns(UserWarning, match='differently from its simulation'): r = export_mobile(Gate().eval(), x, tmp_path/'wrong', **how)
+    assert r.max_steps>1 and any('softmax' in n for n in r.notes)
+    with pytest.raises(RuntimeError, match='strict: .*softmax'): export_mobile(Gate().eval(), x, tmp_path/'strict', strict=True, **how)
+    assert not (tmp_path/'strict').exists()

@@ -504,7 +504,7 @@ def _inside(model, args, norm)->tuple: # model that takes raw inputs, raw inputs
     left = [w for w,v in (('subtracting the mean', new.mean), ('dividing by the deviation', new.scale)) if v is not None] if isinstance(new, Normalised) else []
     return new, _raw(args, norm), [f"the normalisation is in the file: {' and '.join(left)+' in float in front, the rest ' if left else ''}in the first layer's numbers." if len(left)<2 else "the normalisation is in the file, in float in front of the first layer."]
 
-# %% ../../nbs/deploy/04_mobile.ipynb #db83d23a
+# %% ../../nbs/deploy/04_mobile.ipynb #60e894d2
 def _tuple(o): return tuple(o) if isinstance(o, (tuple, list)) else (o,)
 
 def _specs(ts, more, golden, bound, given)->list:
@@ -559,6 +559,15 @@ def _preparation(preprocess, norm, args)->dict:
 
 _own = {'format','file','engine','profile','inputs','outputs','labels','golden_tolerance','max_batch','versions','sha256','digest'}
 
+def _astray(checks, engine, strict)->list: # notes
+    "What to say if the engine computes something else than was simulated"
+    off = sorted((c for c in checks if c.steps>1), key=lambda c: -c.steps)
+    if not off: return []
+    text = f"{engine} computes {off[0].key or off[0].layer} differently from its simulation, by up to {off[0].steps} steps{f', and {len(off)-1} more' if len(off)>1 else ''}: the file's answers may be wrong. Another format, or leaving that layer in float, avoids it."
+    if strict: raise RuntimeError('strict: '+text)
+    warnings.warn(text)
+    return [text]
+
 def export_mobile(model:nn.Module,      # float, or simulated and calibrated
                   x,                    # example input: tensor or tuple, batch first; its first sample becomes the golden input
                   path,                 # folder to create; a bundle already there is replaced
@@ -604,7 +613,7 @@ def export_mobile(model:nn.Module,      # float, or simulated and calibrated
         _save_golden(tmp, 'input', golden)
         _save_golden(tmp, 'output', gy)
         if labels is not None: (tmp/'labels.txt').write_text('\n'.join(labels)+'\n', encoding='utf-8')
-        report = _report(model, given, y, done, path, tmp/fmt.file, target, format, bound, flushed, [*notes, *said, *done.notes, *_label_notes(labels, y)])
+        report = _report(model, given, y, done, path, tmp/fmt.file, target, format, bound, flushed, [*notes, *said, *done.notes, *_label_notes(labels, y), *_astray(done.checks, target.engine, strict)])
         info = dict(format=format, file=fmt.file, engine=target.engine, profile=report.profile, inputs=_specs(golden, given, golden, bound, given), outputs=_specs(gy, _tuple(y), golden, bound, given),
                     golden_tolerance=_tolerance(done.out_scale, gy), versions={'fastcompress':__version__, 'torch':torch.__version__, **{k:version(k) for k in fmt.versions}}, **prep)
         if labels is not None: info['labels'] = 'labels.txt'

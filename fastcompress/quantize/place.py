@@ -6,8 +6,9 @@
 __all__ = ['fixed_ranges', 'profiles', 'modes', 'op_name', 'call_ends', 'Paths', 'OpMode', 'Site', 'record', 'Profile',
            'has_vnni', 'Spot', 'Weight', 'Placement', 'place', 'placement_to_dict', 'placement_from_dict']
 
-# %% ../../nbs/quantize/02_place.ipynb #9f92a5a2
+# %% ../../nbs/quantize/02_place.ipynb #2f740129
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -231,10 +232,10 @@ def _pad_limit(s):
 def _interpolate_limit(s):
     if _arg(s, 3, 'mode', 'nearest')!='nearest': return 'interpolation other than to the nearest'
 
-# %% ../../nbs/quantize/02_place.ipynb #c7ef4911
+# %% ../../nbs/quantize/02_place.ipynb #7fd1cd19
 def has_vnni()->bool:
     "Can this processor multiply bytes and sum into 32 bits in one instruction?"
-    try: return any(f in open('/proc/cpuinfo').read() for f in ('avx512_vnni','avx_vnni'))
+    try: return any(f in Path('/proc/cpuinfo').read_text() for f in ('avx512_vnni','avx_vnni'))
     except OSError: return False # not Linux: assume it can't
 
 _views = 'flatten view reshape permute transpose contiguous squeeze unsqueeze dropout detach'.split()
