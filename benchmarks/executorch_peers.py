@@ -105,6 +105,6 @@ def main():
     sizes = {n: a.size or s for n,s in chosen(a).items()}
     def show(r): return {k: {q: v for q,v in r[k].items() if q!='floats'} for k in ('ours','theirs')}, r.get('ratio')
     rows = sweep(partial(one, check=not a.no_check, n=a.runs, peer=not a.no_peer), sizes, a.rows, a.jobs, show=show)
-    publish(a.out, "ExecuTorch files, beside ExecuTorch's own flow", 'executorch_peers', [*summary(rows), '', *table(rows)], ['--size', str(a.size)] if a.size else [])
+    publish(a.out, "ExecuTorch files, beside ExecuTorch's own flow", 'executorch_peers', [*summary(rows), '', *table(rows)])
 
 if __name__=='__main__': main()

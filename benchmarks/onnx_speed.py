@@ -97,6 +97,6 @@ def main():
     def show(r): return r['ours'].get('error') or r['ours']['steps'], r['theirs'].get('error', ''), r.get('db'), r.get('over', {}).get('ours/theirs')
     rows = sweep(partial(one, rounds=a.rounds, peer=not a.no_peer), chosen(a), a.rows, a.jobs, show=show)
     ran = ['What onnxruntime runs of our files after its own optimization:', '', *(f"- {r['name']}: " + ', '.join(f'{n} {o}' for o,n in Counter(r['ours']['ran']).most_common()) for r in rows if 'ran' in r['ours'])]
-    publish(a.out, 'ONNX files beside those of onnxruntime\'s own quantizer', 'onnx_speed', [f'onnxruntime {ort.__version__}, torch {torch.__version__}.', '', *summary(rows), '', *table(rows), '', *ran], ['--rounds', str(a.rounds)])
+    publish(a.out, 'ONNX files beside those of onnxruntime\'s own quantizer', 'onnx_speed', [f'onnxruntime {ort.__version__}, torch {torch.__version__}.', '', *summary(rows), '', *table(rows), '', *ran])
 
 if __name__=='__main__': main()

@@ -79,6 +79,6 @@ def main():
     profiles = a.profiles.split(',')
     def show(r): return {p: {k: v for k,v in o.items() if k in ('db','problem','error')} for p,o in r['ours'].items()}, r['fx']
     rows = sweep(partial(one, profiles=profiles, limit=a.limit, peer=not a.no_peer), chosen(a), a.rows, a.jobs, show=show)
-    publish(a.out, f'Quantization simulated on {len(rows)} timm models', 'simulate_sweep', [*summary(rows, profiles), '', *table(rows, profiles)], ['--profiles', a.profiles])
+    publish(a.out, f'Quantization simulated on {len(rows)} timm models', 'simulate_sweep', [*summary(rows, profiles), '', *table(rows, profiles)])
 
 if __name__=='__main__': main()

@@ -77,10 +77,18 @@ def chosen(a):
     sizes = listed()
     return {n: sizes.get(n, 224) for n in a.models.split(',')} if a.models else sizes
 
-def publish(out, title, script, lines, args=()):
+def _asked():
+    "This run's arguments, without where its rows are kept and how many it makes at a time"
+    kept,on = [],True
+    for a in sys.argv[1:]:
+        if a.startswith('--'): on = a.partition('=')[0] not in ('--out','--rows','--jobs','--fx-rows','--peer-rows')
+        if on: kept.append(a)
+    return kept
+
+def publish(out, title, script, lines):
     "Print the lines; write them, below the command that makes them, if `out` says where"
     print('\n'.join(lines))
-    if out: Path(out).write_text('\n'.join([f'# {title}', '', '    '+' '.join([f'OMP_NUM_THREADS=1 python benchmarks/{script}.py', *args, f'--out benchmarks/results/{script}.md']), '', *lines, '']))
+    if out: Path(out).write_text('\n'.join([f'# {title}', '', '    '+' '.join([f'OMP_NUM_THREADS=1 python benchmarks/{script}.py', *_asked(), f'--out benchmarks/results/{script}.md']), '', *lines, '']))
 
 def read_rows(path): return [json.loads(l) for l in Path(path).read_text().splitlines()] if path and Path(path).exists() else []
 
