@@ -64,6 +64,7 @@ NETS = dict(
     transposed_groups=lambda: (nn.Sequential(C(3), nn.ConvTranspose2d(8,6,3,stride=2,groups=2), C(6)), [(3,6,6)], dict(QLinearConv=2), ''),
     one_channel=lambda: (nn.Sequential(C(3), nn.ConvTranspose2d(8,1,2,stride=2), C(1,1)), [(3,6,6)], dict(QLinearConv=2), ''),
     branches=lambda: (Fn(lambda m,x: (m.a(x).view(x.shape[0],2,4,12,12).softmax(1)*m.b(x).view(x.shape[0],2,4,12,12)).sum(1), a=C(3), b=C(3)), [(3,12,12)], dict(QLinearConv=2), 'Conv QLinearSoftmax'),
+    permuted=lambda: (Fn(lambda m,x: m.o(m.p((m.a(x)@m.b(x).transpose(-1,-2)).view(-1,1,9,9).expand(-1,4,9,9).permute(0,2,3,1)).permute(0,3,1,2).softmax(-1).sum(1)), a=nn.Linear(8,6), b=nn.Linear(8,6), p=nn.Linear(4,4), o=nn.Linear(9,3)), [(9,8)], {}, 'QLinearSoftmax'),
     conv1d=lambda: (nn.Sequential(nn.Conv1d(3,8,3), nn.ReLU(), nn.Conv1d(8,4,3)), [(3,20)], dict(QLinearConv=2), 'Conv'),
     two_in_two_out=lambda: (Fn2(lambda m,x,y: (m.a(x)+(z := m.b(y)), z), a=C(3), b=C(2)), [(3,8,8),(2,8,8)], dict(QLinearConv=2, QLinearAdd=1), 'Conv Add'),
 )
