@@ -95,14 +95,17 @@ def read_rows(path): return [json.loads(l) for l in Path(path).read_text().split
 def sweep(one, sizes, path=None, jobs=1, gib=0, show=str):
     "Rows of `one(name, size)` by name, each computed in a process of its own, `jobs` at a time, and added to the JSON lines in `path` as they come; names that are there already are not done again"
     rows,ctx = read_rows(path),multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload([m for m in sys.modules if m=='timm' or m.startswith('fastcompress')]) # once for all, in the version that is there now
+    todo = [n for n in sizes if n not in {r['name'] for r in rows}]
     def row(name):
         with ProcessPoolExecutor(1, mp_context=ctx) as pool:
             try: return pool.submit(_alone, one, gib, (name, sizes[name])).result()
             except BrokenProcessPool: return dict(name=name, size=sizes[name], killed=True)
     with ThreadPoolExecutor(jobs) as pool:
-        for done in as_completed(pool.submit(row, n) for n in sizes if n not in {r['name'] for r in rows}):
+        for done in as_completed(pool.submit(row, n) for n in todo):
             rows.append(r := done.result())
-            if path and not r.get('killed'): Path(path).open('a').write(json.dumps(r)+'\n')
+            if path and not r.get('killed'):
+                with open(path, 'a') as f: f.write(json.dumps(r)+'\n')
             print(r['name'], 'killed' if r.get('killed') else show(r), file=sys.stderr, flush=True)
     if killed := [r['name'] for r in rows if r.get('killed')]: raise SystemExit(f"killed: {', '.join(killed)}")
     return sorted(rows, key=lambda r: r['name'])

@@ -817,6 +817,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastcompress/deploy/capture.py'),
                                              'fastcompress.deploy.capture.op_of': ( 'deploy/capture.html#op_of',
                                                                                     'fastcompress/deploy/capture.py'),
+                                             'fastcompress.deploy.capture.padding_of': ( 'deploy/capture.html#padding_of',
+                                                                                         'fastcompress/deploy/capture.py'),
                                              'fastcompress.deploy.capture.put': ( 'deploy/capture.html#put',
                                                                                   'fastcompress/deploy/capture.py'),
                                              'fastcompress.deploy.capture.tidy_': ( 'deploy/capture.html#tidy_',

@@ -520,7 +520,7 @@ def test_ranges_too_wide_for_an_engine(tmp_path):
 # ---- an engine that computes something else
 
 def test_what_an_engine_computes_differently_is_said(tmp_path, monkeypatch):
-    "onnxruntime's integer softmax over channels; in its parts it is right"
+    "onnxruntime's integer softmax over channels, which save_onnx keeps away from it"
     pytest.importorskip('onnxruntime'); pytest.importorskip('onnxscript')
     import fastcompress.deploy.onnx as onnx
     class Gate(nn.Module):

@@ -6,7 +6,7 @@
 __all__ = ['spellings', 'split_up', 'Translation', 'view', 'mean', 'pad', 'max_pool2d', 'avg_pool2d', 'hardsigmoid', 'matmul',
            'attention', 'count_calls', 'save_pte', 'PteModel', 'check_pte']
 
-# %% ../../nbs/deploy/08_executorch.ipynb #64c99907
+# %% ../../nbs/deploy/08_executorch.ipynb #c21ff46b
 import copy,logging,tempfile
 from collections import Counter
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 
 from ..core import Registry, plain, progress
-from .capture import float_reasons, get_tensor, grid_at, layer_of, op_of
+from .capture import float_reasons, get_tensor, grid_at, layer_of, op_of, padding_of
 from .engines import safe_scales
 from .lower import OpCheck, check_against, clamp_ends, is_free
 from ..quantize.place import _contractions
@@ -46,7 +46,7 @@ def _executorch():
     except ImportError as e: raise ImportError(f"a .pte file needs executorch: pip install fastcompress[executorch] ({e})") from e
     return exir, XnnpackPartitioner, Runtime.get()
 
-# %% ../../nbs/deploy/08_executorch.ipynb #a3f075ec
+# %% ../../nbs/deploy/08_executorch.ipynb #2dbe35ed
 _coarsest = 2.**8 # accumulator step / result step of XNNPACK's convolutions and linear layers
 _sums,_means,_pads = {'add','sub'},{'adaptive_avg_pool2d','mean'},{'pad','constant_pad_nd'}
 _same,_shapes = {'contiguous','dropout','detach','alias'},{'flatten','view','reshape'}
@@ -71,7 +71,7 @@ def _keepdim(n)->bool|None:
 def _zeros(n)->list|None:
     "How far `n` pads with zeros; None if it pads with something else, or cuts off"
     if n.kwargs or min(n.args[1])<0: return None
-    mode,value = (_arg(n, 2, 'constant'),_arg(n, 3)) if op_of(n)=='pad' else ('constant',_arg(n, 2))
+    mode,value = padding_of(n)
     return list(n.args[1]) if mode=='constant' and not value else None
 
 def _shape(v:Tensor)->list|None:

@@ -6,7 +6,7 @@
 __all__ = ['rewrites', 'clamp_ends', 'is_free', 'Island', 'node_macs', 'Lowering', 'no_kernel', 'roll', 'IntegerModel',
            'fold_all_', 'lower', 'to_integer', 'OpCheck', 'check_against', 'check_ops']
 
-# %% ../../nbs/deploy/03_lower.ipynb #47a81337
+# %% ../../nbs/deploy/03_lower.ipynb #19c2cc15
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,12 +17,12 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 
 from ..core import Registry, plain
-from .capture import capture, float_reasons, get_tensor, grid_at, layer_of, op_of, put
+from .capture import capture, float_reasons, get_tensor, grid_at, layer_of, op_of, padding_of, put
 from .engines import Byte, Engine, _quantized_types, engines, safe_scales, use_engine
 from .fold import fold_affine_, fold_bn_, fold_constants_, norm_of
 from ..quantize.affine import QParams
 from ..quantize.exact import bias_steps, bytewise, saturated, steps_of
-from ..quantize.place import call_ends
+from ..quantize.place import call_ends, on_every_grid
 from ..quantize.simulate import simulation
 
 # %% ../../nbs/deploy/03_lower.ipynb #d0bd5015
@@ -75,7 +75,7 @@ class Lowering:
         self.zeros,self.used = torch.zeros(max(n, default=1), dtype=torch.int64),Counter() # the zero points of all weights
         self.pools = dict(scales=torch.zeros(sum(n), dtype=torch.float64), biases=torch.zeros(sum(n))) # a file holds one tensor of each, not one per layer
 
-# %% ../../nbs/deploy/03_lower.ipynb #c9dc536b
+# %% ../../nbs/deploy/03_lower.ipynb #e7d7dfe9
 @patch
 def stored_weight(self:Lowering, n)->tuple[Tensor,Tensor]: # ints, scale [C]
     "Integers and scales of the weight of contraction `n`"
@@ -85,8 +85,8 @@ def stored_weight(self:Lowering, n)->tuple[Tensor,Tensor]: # ints, scale [C]
 @patch
 def moves_bytes(self:Lowering, n)->bool:
     "Does `n` give back numbers that it was given, so that what it makes lies on the grid of what it reads?"
-    op,value = op_of(n),n.args[{'pad':3, 'constant_pad_nd':2}.get(op_of(n), 9):]
-    if value and value[0] not in (None, 0, -float('inf')): return False # a pad with a number that the grid may not hold; minus infinity, before a max pooling, is the lowest byte
+    op = op_of(n)
+    if op in ('pad','constant_pad_nd') and padding_of(n)[1] not in on_every_grid: return False
     return op in self.engine.moves or op in self.engine.detours or op in rewrites
 
 @patch
@@ -164,7 +164,7 @@ def pooled(self:Lowering, kind:str, t:Tensor)->Tensor:
     self.used[kind] += len(t)
     return self.pools[kind][at:at+len(t)].copy_(t)
 
-# %% ../../nbs/deploy/03_lower.ipynb #3d1ee85e
+# %% ../../nbs/deploy/03_lower.ipynb #7aa4cc22
 @patch
 def float_of(self:Lowering, n)->fx.Node:
     "Float value of reference node `n`; dequantized, or copied if it is a stored tensor, at first use"
@@ -213,7 +213,7 @@ def clamp_bytes(self:Lowering, node, n, scale, zero_point, qmin=0, qmax=255)->fx
 
 def no_kernel(n)->str:
     "Why an operation of a kind that moves bytes can't do so here; '' if it can"
-    if op_of(n)=='pad' and len(n.args)>2 and n.args[2] not in ('constant','reflect'): return f'no kernel pads bytes by {n.args[2]}'
+    if op_of(n)=='pad' and (mode := padding_of(n)[0]) not in ('constant','reflect'): return f'no kernel pads bytes by {mode}'
     return 'the kernel reads beyond dilated windows' if op_of(n)=='max_pool2d' and len(n.args)>4 and any(d!=1 for d in n.args[4]) and any(n.args[3]) else ''
 
 @patch
