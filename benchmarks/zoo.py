@@ -16,12 +16,14 @@ def listed():
     return {r[0]: int(r[1]) if len(r)>1 else 224 for r in rows}
 
 def fair(model, size):
-    "BatchNorm gains U(0.5, 1.5), layer scales U(0.1, 0.5), running statistics from three forwards in training mode"
+    "BatchNorm gains and learned factors U(0.5, 1.5), learned addends U(-0.2, 0.2), layer scales U(0.1, 0.5), running statistics from three forwards in training mode"
     g = torch.Generator().manual_seed(0)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine: m.weight.data.uniform_(.5, 1.5, generator=g)
     for n,p in model.named_parameters():
         if n.endswith('.gamma') or '.ls' in n: p.data.uniform_(.1, .5, generator=g)
+        if n.endswith('.lab.scale'): p.data.uniform_(.5, 1.5, generator=g)
+        if n.endswith('.lab.bias'): p.data.uniform_(-.2, .2, generator=g)
     model.train()
     with torch.no_grad():
         for _ in range(3): model(torch.randn(2, 3, size, size, generator=g))

@@ -41,6 +41,25 @@ def randomise_(model, x):
     return model.eval()
 
 
+class Scales(nn.Module):
+    "A sum that begins with the number 0, PP-HGNetV2's learned factor and addend, a BatchNorm that has no contraction to fold into"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c,self.d = (nn.Conv2d(i, 8, k, padding=(k-1)//2) for i,k in ((3,3),(3,1),(8,2),(16,3)))
+        self.factor,self.addend,self.bn = nn.Parameter(torch.tensor([-1.3])),nn.Parameter(torch.randn(8,1,1)),nn.BatchNorm2d(16)
+    def forward(self, x):
+        x = self.factor*sum([self.a(x), self.b(x)]).relu() + self.addend
+        y = self.c(nn.functional.pad(x, (0,1,0,1)))
+        return self.d(self.bn(torch.cat([x, y], 1)).relu())
+
+def learned_scales():
+    "`Scales` with a dead channel, a negative one and a tiny one in its BatchNorm"
+    net = Scales().eval()
+    net.bn.weight.data.uniform_(.5, 1.5); net.bn.running_mean.uniform_(-.3, .3); net.bn.bias.data.uniform_(.1, .5)
+    net.bn.weight.data[:3] = torch.tensor([0., -1., 1e-20])
+    return net
+
+
 def timm_model(arch, size=64, batch=4, **kw):
     "A timm model with random weights made fair, and a batch"
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from fastcompress.deploy.capture import capture, layer_of, op_of
 from fastcompress.deploy.lower import fold_all_
 from fastcompress.measure.quality import sqnr
 from fastcompress.quantize.simulate import calibrate_, simulate_, simulation
-from helpers import timm_model
+from helpers import learned_scales, timm_model
 
 pytest.importorskip('executorch')
 from fastcompress.deploy.executorch import PteModel, Translation, _executorch, check_pte, save_pte
@@ -70,6 +70,13 @@ def test_residual_net_in_one_int8_partition(tmp_path):
     for n in 1, 3: torch.testing.assert_close(pte(x[:n]), y[:n], atol=0, rtol=0)
     assert torch.equal(pte(torch.cat([x]*5)), torch.cat([y]*5)), 'batches beyond the largest run in parts'
     with pytest.raises(ValueError, match=r'takes \[8, 3, 8, 8\], got \[1, 3, 9, 9\]'): pte(rand(1,3,9,9))
+
+
+def test_scales_and_shifts_of_channels_in_one_int8_partition(tmp_path):
+    torch.manual_seed(0)
+    r,pte,want = shipped(learned_scales(), (x := rand(4,3,10,10),), tmp_path)
+    assert (r['partitions'], r['float'], r['portable'])==(1, 0, 0) and r['floats']==[]
+    assert sqnr(want, pte(x))>28
 
 
 def many(m, x, z):

@@ -10,7 +10,7 @@ from fastcompress.deploy.lower import fold_all_
 from fastcompress.deploy.onnx import OnnxModel, check_onnx, qdq_, ran_ops, save_onnx
 from fastcompress.measure.quality import sqnr
 from fastcompress.quantize.simulate import calibrate_, simulate_, simulation
-from helpers import timm_model
+from helpers import learned_scales, timm_model
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*deprecated.*')
 
@@ -111,6 +111,17 @@ def test_small_nets(name, tmp_path):
     for a,b in zip(y, as_tuple(m(*x)), strict=True): assert sqnr(a, b) > 25
     for n in 1,3: # the batch is open, and samples don't see each other
         for a,b in zip(as_tuple(m(*x)), as_tuple(m(*(o[:n] for o in x)))): assert b.shape==a[:n].shape and sqnr(a[:n], b) > 30
+
+
+def test_scales_and_shifts_of_channels_are_convolutions(tmp_path):
+    torch.manual_seed(0)
+    model,ref,x = made(learned_scales(), [(3,10,10)])
+    assert [op_of(n) for n in ref.graph.nodes].count('batch_norm')==2
+    p = written(tmp_path, model, ref, x)
+    assert max(c.steps for c in check_onnx(p, ref, x))<=1
+    ran = ran_ops(p)
+    assert ran['QLinearConv']==6 and not set(ran)&{'BatchNormalization','Mul','Add','Conv'}, ran
+    with torch.no_grad(): assert sqnr(model(*x), OnnxModel(p)(*x)) > 30
 
 
 @pytest.mark.parametrize('arch,kw,must', [('resnet18', {}, dict(QLinearConv=20, QLinearAdd=8, QGemm=1, Conv=0, Gemm=0, Add=0, Relu=0)),

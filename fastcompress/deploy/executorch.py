@@ -6,7 +6,7 @@
 __all__ = ['spellings', 'split_up', 'Translation', 'view', 'mean', 'pad', 'max_pool2d', 'avg_pool2d', 'hardsigmoid', 'matmul',
            'attention', 'count_calls', 'save_pte', 'PteModel', 'check_pte']
 
-# %% ../../nbs/deploy/08_executorch.ipynb #c21ff46b
+# %% ../../nbs/deploy/08_executorch.ipynb #21b01377
 import copy,logging,tempfile
 from collections import Counter
 from contextlib import contextmanager
@@ -18,9 +18,10 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 
 from ..core import Registry, plain, progress
-from .capture import float_reasons, get_tensor, grid_at, layer_of, op_of, padding_of
+from .capture import clamp_ends, float_reasons, get_tensor, grid_at, layer_of, op_of, padding_of
 from .engines import safe_scales
-from .lower import OpCheck, check_against, clamp_ends, is_free
+from .fold import norms_to_convs_
+from .lower import OpCheck, check_against, is_free
 from ..quantize.place import _contractions
 
 # %% ../../nbs/deploy/08_executorch.ipynb #613cc76f
@@ -46,7 +47,7 @@ def _executorch():
     except ImportError as e: raise ImportError(f"a .pte file needs executorch: pip install fastcompress[executorch] ({e})") from e
     return exir, XnnpackPartitioner, Runtime.get()
 
-# %% ../../nbs/deploy/08_executorch.ipynb #2dbe35ed
+# %% ../../nbs/deploy/08_executorch.ipynb #c9b06c37
 _coarsest = 2.**8 # accumulator step / result step of XNNPACK's convolutions and linear layers
 _sums,_means,_pads = {'add','sub'},{'adaptive_avg_pool2d','mean'},{'pad','constant_pad_nd'}
 _same,_shapes = {'contiguous','dropout','detach','alias'},{'flatten','view','reshape'}
@@ -90,9 +91,8 @@ def _part(src, i):
     return (torch.ops.aten.slice.Tensor,(src.args[0], dim, ends[i], ends[i+1])) if isinstance(ends[-1], int) else None
 
 def split_up(ref:fx.GraphModule, # reference graph
-            )->fx.GraphModule:   # another with the same tensors; `ref` itself if there is nothing to do
+            )->fx.GraphModule:   # another with the same tensors
     "Each part of a `split`, `chunk` or `unbind` as a `slice` or `select` of its own"
-    if not any(op_of(n) in _lists for n in ref.graph.nodes): return ref
     gm = fx.GraphModule(ref, copy.deepcopy(ref.graph))
     gm.meta = ref.meta
     for n in list(gm.graph.nodes):
@@ -110,7 +110,7 @@ class Translation:
                  ref:fx.GraphModule, # from `capture`, constants and BatchNorms folded
                  taps:bool=False,    # hand out the integers of every `quantize` after the outputs
                 ):
-        self.ref,self.taps,self.graph,self.root = split_up(ref),taps,fx.Graph(),nn.Module()
+        self.ref,self.taps,self.graph,self.root = norms_to_convs_(split_up(ref)),taps,fx.Graph(),nn.Module()
         self.floats,self.grids,self.tapped = {},{},{} # reference node -> float node; (int8 node, scale, zero point); int8 node
         self.adjusted,self.refused = {},{}            # reference node -> what was changed; why no int8 kernel may take it
         self.match()
@@ -366,19 +366,20 @@ def run(self:Translation)->fx.GraphModule:
     gm.recompile()
     return gm
 
-# %% ../../nbs/deploy/08_executorch.ipynb #ae663540
+# %% ../../nbs/deploy/08_executorch.ipynb #54fea58c
 def _named(n, *names)->bool: return n.op=='call_function' and getattr(n.target, '__name__', '').removeprefix('quantized_decomposed.').startswith(names)
 def _implicit(n)->bool: return bool(n.meta.get('IS_IMPLICIT_Q_DQ_TAG')) # part of a kernel's pattern
 
 def _int8_calls(gm)->set:
-    "Calls of a partition that int8 kernels replace, the clamps fused into them too"
+    "Calls of a partition that int8 kernels replace, the clamps and paddings fused into them too"
     found = set()
     for q in gm.graph.nodes:
         if not (_named(q, 'quantize_') and _implicit(q)): continue
         n = q.args[0]
         if n.op!='call_function' or _named(n, 'dequantize_'): continue
         found.add(n)
-        if _named(n, 'aten.relu', 'aten.hardtanh') and not _named(n.args[0], 'dequantize_'): found.add(n.args[0])
+        if _named(n, 'aten.relu', 'aten.hardtanh') and not _named(n.args[0], 'dequantize_'): found.add(n := n.args[0])
+        if _named(n, 'aten.convolution') and _named(pad := n.args[0], 'aten.constant_pad_nd') and _implicit(pad.args[0]): found.add(pad)
     return found
 
 def _edge_calls(edge):
@@ -394,7 +395,7 @@ def count_calls(edge # lowered `EdgeProgramManager`, ours or anyone's
                )->dict: # partitions, int8_partitions; calls: int8, float (XNNPACK), portable, roundings (between int8 and float)
     "Who runs the operations of a lowered program"
     calls = [(i, n, int8) for i,n,int8 in _edge_calls(edge) if not (i is not None and _implicit(n) and _named(n, 'quantize_', 'dequantize_'))]
-    fused = {n.args[0] for _,n,int8 in calls if int8 and _named(n, 'aten.relu', 'aten.hardtanh')}
+    fused = {n.args[0] for _,n,int8 in calls if int8 and _named(n, 'aten.relu', 'aten.hardtanh', 'aten.convolution')}
     kind = lambda i,n,int8: 'portable' if i is None else 'roundings' if _named(n, 'quantize_', 'dequantize_') else 'int8' if int8 else 'float'
     c = Counter(kind(*o) for o in calls if o[1] not in fused)
     return dict(partitions=len({i for i,*_ in calls if i is not None}), int8_partitions=len({i for i,_,int8 in calls if int8}), **{k: c[k] for k in ('int8','float','portable','roundings')})

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['fold_constants_', 'norm_of', 'affine_of', 'fold_after_', 'plan_before', 'fold_before_', 'fold_bn_', 'fold_affine_',
-           'bn_to_affine_', 'Folded', 'fold_', 'Reparam', 'reparameterise_', 'Normalised', 'fold_input_norm', 'folded']
+           'bn_to_affine_', 'affine_to_norm_', 'norms_to_convs_', 'Folded', 'fold_', 'Reparam', 'reparameterise_',
+           'Normalised', 'fold_input_norm', 'folded']
 
-# %% ../../nbs/deploy/01_fold.ipynb #6ba64d61
+# %% ../../nbs/deploy/01_fold.ipynb #e2bf56ba
 import copy,inspect,operator
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..core import as_args, eval_mode
-from .capture import capture, clean_, get_tensor, layer_of, op_of, put
+from .capture import capture, clean_, get_tensor, is_rounded, layer_of, op_of, put
 from ..measure.count import flush_subnormals_
 from ..measure.quality import sqnr
 from ..quantize.simulate import simulation
@@ -402,7 +403,7 @@ def fold_before_(gm:fx.GraphModule, # constants folded
     gm.graph.erase_node(n)
     return True
 
-# %% ../../nbs/deploy/01_fold.ipynb #04e08797
+# %% ../../nbs/deploy/01_fold.ipynb #ed173d25
 def _fold_all(gm, which)->int:
     count = 0
     for n in list(gm.graph.nodes):
@@ -410,6 +411,8 @@ def _fold_all(gm, which)->int:
         count += fold_after_(gm, n, *st) or fold_before_(gm, n, *st)
     clean_(gm)
     return count
+
+_affine = {'mul','div','add','sub','rsub','neg','addcmul'}
 
 def fold_bn_(gm:fx.GraphModule, # constants folded
             )->int:             # BatchNorms folded
@@ -419,7 +422,7 @@ def fold_bn_(gm:fx.GraphModule, # constants folded
 def fold_affine_(gm:fx.GraphModule, # constants folded
                 )->int:             # operations folded
     "Fold multiplications and additions of constants: layer scales, gains, shifts"
-    return _fold_all(gm, {'mul','div','add','sub','rsub','neg','addcmul'})
+    return _fold_all(gm, _affine)
 
 def bn_to_affine_(gm:fx.GraphModule)->int: # BatchNorms rewritten
     "Write every eval-mode BatchNorm that is left as a multiplication and an addition of stored numbers"
@@ -437,6 +440,48 @@ def bn_to_affine_(gm:fx.GraphModule)->int: # BatchNorms rewritten
         count += 1
     clean_(gm)
     return count
+
+# %% ../../nbs/deploy/01_fold.ipynb #0a029277
+_carriers = {'max_pool2d','pad','constant_pad_nd','upsample_nearest2d','slice','getitem','split','split_with_sizes','chunk'}
+
+def _from_grid(n)->bool:
+    "Does `n` hold numbers that lie on a grid?"
+    while op_of(n) in _carriers: n = n.args[0]
+    return op_of(n)=='dequantize'
+
+def _of_channels(gm, n):
+    "(node that is read, scale [C], shift [C]) of an operation on images that scales and shifts channels; else None"
+    if len(_shape(n))!=4 or (found := affine_of(gm, n)) is None: return None
+    src,*st = found
+    c = _shape(n)[1]
+    if any(v.numel()>1 and (v.ndim<3 or v.ndim>4 or v.numel()!=c or v.shape[-3]!=c) for v in st): return None
+    return src, *(v.reshape(-1).expand(c) for v in st)
+
+def affine_to_norm_(gm:fx.GraphModule)->int: # BatchNorms written
+    "Write constant factors and addends of channels, between two roundings, as BatchNorms"
+    count = 0
+    for n in list(gm.graph.nodes):
+        if op_of(n) not in _affine or (found := _of_channels(gm, n)) is None or not _from_grid(found[0]): continue
+        src,s,t = found
+        while len(n.users)==1 and op_of(u := next(iter(n.users))) in _affine and (more := _of_channels(gm, u)) is not None and more[0] is n:
+            n,s,t = u,s*more[1],t*more[1]+more[2]
+        if not is_rounded(n): continue
+        stored = [put(gm, f'{layer_of(n) or "norm"}.{k}', v.float(), before=n) for k,v in dict(scale=s, shift=t, mean=0*s, var=0*s+1).items()]
+        n.target,n.args,n.kwargs = torch.ops.aten.batch_norm.default,(src, *stored, False, 0., 0., False),{}
+        count += 1
+    clean_(gm)
+    return count
+
+def norms_to_convs_(gm:fx.GraphModule)->fx.GraphModule:
+    "Write BatchNorms between two roundings as convolutions of each channel with one number, int8"
+    for n in list(gm.graph.nodes):
+        if op_of(n)!='batch_norm' or not _from_grid(n.args[0]) or not is_rounded(n) or (found := _of_channels(gm, n)) is None: continue
+        src,s,t = found
+        ints,scale,bias = (put(gm, f'{layer_of(n) or "norm"}.{k}', v, before=n) for k,v in dict(weight_int=(127*s.sign()).view(-1, 1, 1, 1).to(torch.int8), weight_scale=(s.abs()/127).float(), bias=t.float()).items())
+        with gm.graph.inserting_before(n): w = gm.graph.call_function(torch.ops.fastcompress.dequantize_channels.default, (ints, scale))
+        w.meta.update(n.meta, val=s.float().view(-1, 1, 1, 1))
+        n.target,n.args,n.kwargs = torch.ops.aten.conv2d.default,(src, w, bias, [1,1], [0,0], [1,1], len(s)),{}
+    return clean_(gm)
 
 # %% ../../nbs/deploy/01_fold.ipynb #8d6a8ef1
 @dataclass

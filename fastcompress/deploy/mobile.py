@@ -7,7 +7,7 @@ __all__ = ['formats', 'scriptable_', 'slim_ptl', 'save_ptl', 'recording', 'captu
            'float_rows', 'Target', 'Written', 'Format', 'check_args', 'unfit', 'export_mobile', 'MobileModel',
            'load_mobile', 'predict_fresh']
 
-# %% ../../nbs/deploy/04_mobile.ipynb #24cbe96c
+# %% ../../nbs/deploy/04_mobile.ipynb #972b5a8d
 import copy,io,json,logging,re,subprocess,sys,tempfile,warnings,zipfile,zlib
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr
@@ -24,11 +24,11 @@ from torch.jit.mobile import _load_for_lite_interpreter
 from .. import __version__
 from ..core import Registry, as_args, atomic_dir, check_writable, eval_mode, near, plain
 from .bundle import check_bundle, load_golden, save_golden as _save_golden, seal
-from .capture import capture, float_reasons, get_tensor, layer_of, op_of
+from .capture import capture, clamp_ends, float_reasons, get_tensor, is_rounded, layer_of, op_of
 from .engines import Packed, engines, use_engine
 from .fallback import ladder, refuse_islands
 from .fold import Normalised, fold_, fold_input_norm, reparameterise_
-from .lower import Island, clamp_ends, fold_all_, node_macs
+from .lower import Island, fold_all_, node_macs
 from .snippets import describe_file, readme
 from ..measure.count import flush_subnormals_, n_subnormal
 from ..measure.quality import agreement, sqnr
@@ -220,15 +220,11 @@ def _check_rows(r):
     rows += [('numbers stored', f'{r.params:,}, of which {r.nonzero:,} are not zero'), ('subnormal numbers set to zero', f'{r.flushed:,}'), ('batch', f'{r.fixed_batch}' if r.fixed_batch else 'any'), *((k, str(v)) for k,v in r.details.items())]
     return [dict(check=a, value=b) for a,b in rows]
 
-# %% ../../nbs/deploy/04_mobile.ipynb #fa37ed08
+# %% ../../nbs/deploy/04_mobile.ipynb #5a3f614e
 _ours = {'quantize','dequantize','quantize_channels','dequantize_channels'}
 _same_op = {'upsample_nearest2d':'interpolate', 'slice':'narrow', 'constant_pad_nd':'pad', 'split_with_sizes':'split', 'concat':'cat', '_softmax':'softmax'}
 
 def _name(n): return _same_op.get(op_of(n), op_of(n))
-
-def _rounded(n)->bool:
-    "Is all that is made of `n`, clamps aside, rounded?"
-    return bool(n.users) and all(op_of(u)=='quantize' or (clamp_ends(u) is not None and _rounded(u)) for u in n.users)
 
 def float_rows(ref:fx.GraphModule, # folded reference graph
                profile,            # of the engine that will run it
@@ -241,7 +237,7 @@ def float_rows(ref:fx.GraphModule, # folded reference graph
         if op_of(n)=='dequantize' or (profile.roles.get(_name(n))=='move' and read and read[0] in grid): grid.add(n); continue
         whole = op_of(n) not in _contractions or op_of(n.args[1])=='dequantize_channels'
         known = profile.roles.get(_name(n), 'float')!='float'
-        if (read and all(a in grid for a in read) and known and whole and _rounded(n)) or (clamp_ends(n) is not None and _rounded(n) and (read[0] in ints or read[0] in grid)):
+        if (read and all(a in grid for a in read) and known and whole and is_rounded(n)) or (clamp_ends(n) is not None and is_rounded(n) and (read[0] in ints or read[0] in grid)):
             ints.add(n); macs['int'] += node_macs(n); continue
         macs['float'] += node_macs(n)
         reason = why.get((layer_of(n), op_of(n))) or why.get((layer_of(n), _name(n)))

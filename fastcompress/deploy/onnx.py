@@ -6,7 +6,7 @@
 __all__ = ['opset', 'clamps_', 'pools_', 'moves_', 'rows_', 'attention_', 'softmaxes_', 'silus_', 'biases_', 'batch_', 'qdq_',
            'translations', 'tidy_onnx_', 'save_onnx', 'session', 'OnnxModel', 'ran_ops', 'check_onnx']
 
-# %% ../../nbs/deploy/07_onnx.ipynb #11bf3597
+# %% ../../nbs/deploy/07_onnx.ipynb #3c37bf3b
 import copy, logging, re, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from ..core import as_args, plain, progress
-from .capture import clean_, get_tensor, layer_of, op_of, put
+from .capture import clamp_ends, clean_, get_tensor, layer_of, op_of, put
 from .engines import safe_scales
-from .lower import OpCheck, check_against, clamp_ends
+from .fold import norms_to_convs_
+from .lower import OpCheck, check_against
 from ..quantize.affine import quantize_bias
 from ..quantize.place import _contractions, has_vnni
 
@@ -162,7 +163,7 @@ def silus_(gm:fx.GraphModule)->fx.GraphModule:
             n.replace_all_uses_with(_call(gm, n, _aten.mul.Tensor, dq, _call(gm, n, _ours.dequantize.default, g, 1/256, 0)))
     return clean_(gm)
 
-# %% ../../nbs/deploy/07_onnx.ipynb #63e6c58e
+# %% ../../nbs/deploy/07_onnx.ipynb #a9198d34
 def _numbers(gm, n, name, **tensors):
     "A node that dequantizes stored integers, called `name` in the layer of `n`"
     at = [put(gm, f'{layer_of(n)}.{name}{k}'.lstrip('.'), t, before=n) for k,t in tensors.items()]
@@ -198,7 +199,7 @@ def qdq_(gm:fx.GraphModule, # folded reference graph
     "Bring a reference graph into the form in which onnxruntime finds its integer kernels"
     for q in gm.graph.nodes:
         if op_of(q)=='quantize': q.args = (*q.args[:5], q.name)
-    for f in (clamps_, pools_, moves_, rows_, attention_, softmaxes_, silus_, biases_, batch_): f(gm)
+    for f in (norms_to_convs_, clamps_, pools_, moves_, rows_, attention_, softmaxes_, silus_, biases_, batch_): f(gm)
     gm.graph.lint()
     gm.recompile()
     return gm
