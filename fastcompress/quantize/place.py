@@ -152,7 +152,7 @@ def record(model:nn.Module,
         if isinstance(origin.get(id(t)), tuple): sites[origin[id(t)][0]].users.append('')
     return sites
 
-# %% ../../nbs/quantize/02_place.ipynb #d2b4dbbe
+# %% ../../nbs/quantize/02_place.ipynb #3dade80d
 @dataclass(frozen=True)
 class Profile:
     "Which operations a target runs on integers"
@@ -168,11 +168,13 @@ class Profile:
     narrow:object = None     # f(site) -> width that its input may have at most, or None
     eager:bool = True        # round float tensors for the sake of operations that could run on integers?
     exact:bool = False       # is its arithmetic known to the bit? Then the simulation computes as it does: see `quantize.exact`
+    declined:tuple = ()      # operations that could go on integers, by a kernel or by several, but were measured to gain nothing (benchmarks/kernels.py)
     quiet:tuple = ()         # operations that go on integers only if all their readers round what they read
 
     def role(self, s:Site)->tuple[str,str]: # role ('float' if it has none) and the reason when it is 'float'
         "How site `s` runs, and why if in float"
         if s.real and 0 in s.inputs and is_idle(s.op, s.info['args'], s.info['kwargs']) and 'move' in self.roles.values(): return 'move', ''
+        if s.op in self.declined and s.op not in self.roles: return 'float', f'measured: integers make {s.op} no faster on {self.name}, and round once more'
         if s.op not in self.roles: return 'float', f'{self.name} has no integer kernel for {s.op} here'
         if not s.real: return 'float', 'it makes no real numbers'
         why = self.limits.get(s.op, lambda s: None)(s)
@@ -243,7 +245,7 @@ def _pad_limit(s):
 def _interpolate_limit(s):
     if _arg(s, 3, 'mode', 'nearest')!='nearest': return 'interpolation other than to the nearest'
 
-# %% ../../nbs/quantize/02_place.ipynb #7fd1cd19
+# %% ../../nbs/quantize/02_place.ipynb #be7ccb3e
 def has_vnni()->bool:
     "Can this processor multiply bytes and sum into 32 bits in one instruction?"
     try: return any(f in Path('/proc/cpuinfo').read_text() for f in ('avx512_vnni','avx_vnni'))
@@ -266,9 +268,10 @@ _known = dict.fromkeys(['sigmoid','hardsigmoid','softmax','tanh'], 'fixed')
 _norms = 'layer_norm','group_norm','instance_norm'
 _all = dict(**{o: r for o,r in _contract.items() if o not in ('conv3d','conv_transpose1d','conv_transpose3d')}, **dict.fromkeys(['add','mul'], 'combine'), cat='join', batch_norm='norm', **_clamps, **_averages, **_unary, **dict.fromkeys(['sigmoid','hardsigmoid','tanh','softmax'], 'fixed'), **_more_moves)
 _torch = {o: r for o,r in _all.items() if o not in (*_norms, 'softmax')} # measured: a float island is as fast as their kernels, and rounds less
-profiles['qnnpack'] = Profile('qnnpack', _torch, _limits, add_ratio=(2.**-14, 2.**8), eager=False, exact=True)
+_declined = (*_norms, 'softmax', 'gelu', 'silu', 'matmul', 'bmm', 'scaled_dot_product_attention')
+profiles['qnnpack'] = Profile('qnnpack', _torch, _limits, declined=_declined, add_ratio=(2.**-14, 2.**8), eager=False, exact=True)
 def _many_groups(s): return 7 if s.op in ('conv1d','conv2d') and _arg(s, 6, 'groups', 1)>100 else None # torch hands these to fbgemm, which sums pairs of products in 16 bits, with VNNI too
-profiles['x86'] = Profile('x86', {o: r for o,r in _torch.items() if not (has_vnni() and o=='conv_transpose2d')}, _limits, a_bits=8 if has_vnni() else 7, per_channel=('conv1d','conv2d','conv3d','linear'), eager=False, narrow=_many_groups) # with VNNI torch hands transposed convolutions to onednn, which computes them wrongly
+profiles['x86'] = Profile('x86', {o: r for o,r in _torch.items() if not (has_vnni() and o=='conv_transpose2d')}, _limits, declined=_declined, a_bits=8 if has_vnni() else 7, per_channel=('conv1d','conv2d','conv3d','linear'), eager=False, narrow=_many_groups) # with VNNI torch hands transposed convolutions to onednn, which computes them wrongly
 profiles['fbgemm'] = replace(profiles['x86'], name='fbgemm', roles=_torch, a_bits=7, narrow=None)
 profiles['onednn'] = replace(profiles['x86'], name='onednn', narrow=None, roles={o: r for o,r in _torch.items() if 'transpose' not in o or r!='contract'})
 profiles['qnnpack_all'] = replace(profiles['qnnpack'], name='qnnpack_all', roles=_all, quiet=_norms)
