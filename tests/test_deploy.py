@@ -225,6 +225,19 @@ def test_scales_and_shifts_of_channels_run_on_integers(engine):
     with use_engine(engine): assert sqnr(y, im(x)) > 35
 
 
+def test_arithmetic_on_the_batch_is_no_scale():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.bn,self.c = nn.Conv2d(3,4,1),nn.BatchNorm2d(2),nn.Conv2d(2,4,1)
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            return self.c(F.relu(self.bn(x.reshape(x.shape[0]*2, 2, *x.shape[2:]))))
+    x = torch.randn(4,3,8,8)
+    y,im,checks = lowered(Halves().eval(), x)
+    assert im.islands==[] and max(c.steps for c in checks)<=1 and im(x[:1]).shape==(2,4,8,8)
+
+
 def test_a_scale_read_in_float_stays_in_float():
     class Stream(nn.Module):
         def __init__(self):

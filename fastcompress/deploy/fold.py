@@ -441,8 +441,8 @@ def bn_to_affine_(gm:fx.GraphModule)->int: # BatchNorms rewritten
     clean_(gm)
     return count
 
-# %% ../../nbs/deploy/01_fold.ipynb #0a029277
-_carriers = {'max_pool2d','pad','constant_pad_nd','upsample_nearest2d','slice','getitem','split','split_with_sizes','chunk'}
+# %% ../../nbs/deploy/01_fold.ipynb #98f67dc9
+_carriers = set('max_pool2d pad constant_pad_nd upsample_nearest2d slice getitem split split_with_sizes chunk view reshape permute transpose unflatten contiguous clone'.split())
 
 def _from_grid(n)->bool:
     "Does `n` hold numbers that lie on a grid?"
@@ -451,7 +451,7 @@ def _from_grid(n)->bool:
 
 def _of_channels(gm, n):
     "(node that is read, scale [C], shift [C]) of an operation on images that scales and shifts channels; else None"
-    if len(_shape(n))!=4 or (found := affine_of(gm, n)) is None: return None
+    if not isinstance(n.meta.get('val'), Tensor) or len(_shape(n))!=4 or (found := affine_of(gm, n)) is None: return None
     src,*st = found
     c = _shape(n)[1]
     if any(v.numel()>1 and (v.ndim<3 or v.ndim>4 or v.numel()!=c or v.shape[-3]!=c) for v in st): return None
