@@ -124,6 +124,16 @@ def test_scales_and_shifts_of_channels_are_convolutions(tmp_path):
     with torch.no_grad(): assert sqnr(model(*x), OnnxModel(p)(*x)) > 30
 
 
+def test_a_factor_goes_into_the_scale(tmp_path):
+    torch.manual_seed(0)
+    model,ref,x = made(Fn(lambda m,x: m.b(F.relu(m.a(x))*.7)+m.c(F.relu(m.a(x))*-.7), a=C(3), b=C(), c=C()), [(3,10,10)])
+    p = written(tmp_path, model, ref, x)
+    assert max(c.steps for c in check_onnx(p, ref, x))<=1
+    ran = ran_ops(p)
+    assert ran['QLinearConv']==5 and not set(ran)&{'BatchNormalization','Mul'}, ran # the negative one is a convolution
+    with torch.no_grad(): assert sqnr(model(*x), OnnxModel(p)(*x)) > 30
+
+
 @pytest.mark.parametrize('arch,kw,must', [('resnet18', {}, dict(QLinearConv=20, QLinearAdd=8, QGemm=1, Conv=0, Gemm=0, Add=0, Relu=0)),
                                           ('mobilenetv3_small_050', {}, dict(QLinearConv=53, QGemm=1, Conv=0, Gemm=0, Add=0)),
                                           ('vit_tiny_patch16_224', dict(img_size=64, depth=2), dict(QLinearConv=1, QGemm=9, QLinearAdd=0, MatMulIntegerToFloat=2, Gemm=0, Conv=0))])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fold_constants_', 'norm_of', 'affine_of', 'fold_after_', 'plan_before', 'fold_before_', 'fold_bn_', 'fold_affine_',
-           'bn_to_affine_', 'affine_to_norm_', 'norms_to_convs_', 'Folded', 'fold_', 'Reparam', 'reparameterise_',
-           'Normalised', 'fold_input_norm', 'folded']
+           'bn_to_affine_', 'channel_affine_of', 'affine_to_norm_', 'norms_to_convs_', 'Folded', 'fold_', 'Reparam',
+           'reparameterise_', 'Normalised', 'fold_input_norm', 'folded']
 
 # %% ../../nbs/deploy/01_fold.ipynb #e2bf56ba
 import copy,inspect,operator
@@ -441,7 +441,7 @@ def bn_to_affine_(gm:fx.GraphModule)->int: # BatchNorms rewritten
     clean_(gm)
     return count
 
-# %% ../../nbs/deploy/01_fold.ipynb #98f67dc9
+# %% ../../nbs/deploy/01_fold.ipynb #7fdde03e
 _carriers = set('max_pool2d pad constant_pad_nd upsample_nearest2d slice getitem split split_with_sizes chunk view reshape permute transpose unflatten contiguous clone'.split())
 
 def _from_grid(n)->bool:
@@ -449,8 +449,10 @@ def _from_grid(n)->bool:
     while op_of(n) in _carriers: n = n.args[0]
     return op_of(n)=='dequantize'
 
-def _of_channels(gm, n):
-    "(node that is read, scale [C], shift [C]) of an operation on images that scales and shifts channels; else None"
+def channel_affine_of(gm:fx.GraphModule,
+                      n:fx.Node,
+                     )->tuple|None: # (node that is read, scale [C], shift [C]), float64; None if it is no such thing
+    "What a node on images multiplies each channel by and adds to it, if both are constant"
     if not isinstance(n.meta.get('val'), Tensor) or len(_shape(n))!=4 or (found := affine_of(gm, n)) is None: return None
     src,*st = found
     c = _shape(n)[1]
@@ -461,9 +463,9 @@ def affine_to_norm_(gm:fx.GraphModule)->int: # BatchNorms written
     "Write constant factors and addends of channels, between two roundings, as BatchNorms"
     count = 0
     for n in list(gm.graph.nodes):
-        if op_of(n) not in _affine or (found := _of_channels(gm, n)) is None or not _from_grid(found[0]): continue
+        if op_of(n) not in _affine or (found := channel_affine_of(gm, n)) is None or not _from_grid(found[0]): continue
         src,s,t = found
-        while len(n.users)==1 and op_of(u := next(iter(n.users))) in _affine and (more := _of_channels(gm, u)) is not None and more[0] is n:
+        while len(n.users)==1 and op_of(u := next(iter(n.users))) in _affine and (more := channel_affine_of(gm, u)) is not None and more[0] is n:
             n,s,t = u,s*more[1],t*more[1]+more[2]
         if not is_rounded(n): continue
         stored = [put(gm, f'{layer_of(n) or "norm"}.{k}', v.float(), before=n) for k,v in dict(scale=s, shift=t, mean=0*s, var=0*s+1).items()]
@@ -475,7 +477,7 @@ def affine_to_norm_(gm:fx.GraphModule)->int: # BatchNorms written
 def norms_to_convs_(gm:fx.GraphModule)->fx.GraphModule:
     "Write BatchNorms between two roundings as convolutions of each channel with one number, int8"
     for n in list(gm.graph.nodes):
-        if op_of(n)!='batch_norm' or not _from_grid(n.args[0]) or not is_rounded(n) or (found := _of_channels(gm, n)) is None: continue
+        if op_of(n)!='batch_norm' or not _from_grid(n.args[0]) or not is_rounded(n) or (found := channel_affine_of(gm, n)) is None: continue
         src,s,t = found
         ints,scale,bias = (put(gm, f'{layer_of(n) or "norm"}.{k}', v, before=n) for k,v in dict(weight_int=(127*s.sign()).view(-1, 1, 1, 1).to(torch.int8), weight_scale=(s.abs()/127).float(), bias=t.float()).items())
         with gm.graph.inserting_before(n): w = gm.graph.call_function(torch.ops.fastcompress.dequantize_channels.default, (ints, scale))
