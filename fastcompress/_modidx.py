@@ -1736,6 +1736,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fastcompress.deploy.onnx.OnnxModel.__repr__': ( 'deploy/onnx.html#onnxmodel.__repr__',
                                                                                            'fastcompress/deploy/onnx.py'),
                                           'fastcompress.deploy.onnx._call': ('deploy/onnx.html#_call', 'fastcompress/deploy/onnx.py'),
+                                          'fastcompress.deploy.onnx._converted': ( 'deploy/onnx.html#_converted',
+                                                                                   'fastcompress/deploy/onnx.py'),
                                           'fastcompress.deploy.onnx._culprit': ('deploy/onnx.html#_culprit', 'fastcompress/deploy/onnx.py'),
                                           'fastcompress.deploy.onnx._grid': ('deploy/onnx.html#_grid', 'fastcompress/deploy/onnx.py'),
                                           'fastcompress.deploy.onnx._mask': ('deploy/onnx.html#_mask', 'fastcompress/deploy/onnx.py'),

@@ -124,6 +124,24 @@ def test_scales_and_shifts_of_channels_are_convolutions(tmp_path):
     with torch.no_grad(): assert sqnr(model(*x), OnnxModel(p)(*x)) > 30
 
 
+def test_what_needs_to_know_the_batch_is_bound_to_one(tmp_path):
+    "A kernel for each sample (CondConv) is a convolution in as many groups as there are samples, and ONNX has only numbers for groups"
+    from fastcompress.deploy.mobile import export_mobile, load_mobile
+    torch.manual_seed(0)
+    def run(m, x):
+        x = m.a(x)
+        w = torch.softmax(m.route(x.mean((2, 3))), 1)@m.bank
+        return m.b(F.conv2d(x.reshape(1, -1, *x.shape[2:]), w.reshape(-1, 8, 3, 3), padding=1, groups=x.shape[0]).reshape(x.shape).relu())
+    net = Fn(run, a=C(3), route=nn.Linear(8,2), b=C())
+    net.bank = nn.Parameter(torch.randn(2, 8*8*9)*.1)
+    x = torch.randn(4,3,10,10)
+    r = export_mobile(net, x, tmp_path/'b', [x], format='onnx', show=False)
+    assert r.fixed_batch==1 and any('batch of 1' in n and 'conv2d' in n for n in r.notes)
+    m = load_mobile(tmp_path/'b')
+    with torch.no_grad(): assert sqnr(net(x[:1]), m(x[:1])) > 25
+    with pytest.raises(ValueError, match=r'it takes float32\[1, 3, 10, 10\]'): m(x)
+
+
 def test_a_factor_goes_into_the_scale(tmp_path):
     torch.manual_seed(0)
     model,ref,x = made(Fn(lambda m,x: m.b(F.relu(m.a(x))*.7)+m.c(F.relu(m.a(x))*-.7), a=C(3), b=C(), c=C()), [(3,10,10)])

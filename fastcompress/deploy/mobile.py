@@ -316,7 +316,7 @@ def _load_ptl(file, engine):
 
 formats['ptl'] = Format('model.ptl', _ptl_target, _write_ptl, _load_ptl)
 
-# %% ../../nbs/deploy/04_mobile.ipynb #2b22dcfb
+# %% ../../nbs/deploy/04_mobile.ipynb #e963fa90
 def _only(engine, name, fmt):
     if engine not in (None, name): raise ValueError(f"format={fmt!r} files run on {name}, not on {engine!r}. Leave engine out." + (f" Files for {engine} are format='ptl'." if engine in engines else ''))
 
@@ -354,8 +354,11 @@ def _write_onnx(gm, path, target, args, fallback, strict, show, float_graph=None
     ref = fold_all_(gm)
     islands,macs = float_rows(ref, target.profile)
     if strict: refuse_islands(islands)
-    save_onnx(ref, path, args, dynamic_batch=gm.meta.get('fixed_batch') is None)
-    return Written('exported', islands, macs, *_held(ref), check_onnx(path, ref, args), _out_step(ref), fixed_batch=gm.meta.get('fixed_batch'))
+    fixed = gm.meta.get('fixed_batch')
+    bound,why = save_onnx(ref, path, args, dynamic_batch=fixed is None)
+    if bound!=fixed: args = tuple(a[:bound] for a in args)
+    notes = [f"The file is bound to a batch of {bound}, because of an open one {why}."] if why else []
+    return Written('exported', islands, macs, *_held(ref), check_onnx(path, ref, args), _out_step(ref), notes=notes, fixed_batch=bound)
 
 def _load_pte(file, engine):
     from fastcompress.deploy.executorch import PteModel
@@ -500,7 +503,7 @@ def _inside(model, args, norm)->tuple: # model that takes raw inputs, raw inputs
     left = [w for w,v in (('subtracting the mean', new.mean), ('dividing by the deviation', new.scale)) if v is not None] if isinstance(new, Normalised) else []
     return new, _raw(args, norm), [f"the normalisation is in the file: {' and '.join(left)+' in float in front, the rest ' if left else ''}in the first layer's numbers." if len(left)<2 else "the normalisation is in the file, in float in front of the first layer."]
 
-# %% ../../nbs/deploy/04_mobile.ipynb #60e894d2
+# %% ../../nbs/deploy/04_mobile.ipynb #bbfb81fb
 def _tuple(o): return tuple(o) if isinstance(o, (tuple, list)) else (o,)
 
 def _specs(ts, more, golden, bound, given)->list:
@@ -603,6 +606,7 @@ def export_mobile(model:nn.Module,      # float, or simulated and calibrated
     with atomic_dir(path, 'input.json') as tmp:
         done = fmt.write(gm, tmp/fmt.file, target, given, fallback, strict, show, lambda: _float_graph(model, given, batch))
         file = fmt.load(tmp/fmt.file, target.engine)
+        if done.fixed_batch and not batch: given = tuple(a[:done.fixed_batch] for a in given)
         y,bound = file(*given),done.fixed_batch or (len(given[0]) if done.how=='traced' else None)
         golden = given if bound else tuple(a[:1] for a in given)
         gy = _tuple(file(*golden))

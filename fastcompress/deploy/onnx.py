@@ -293,7 +293,7 @@ def tidy_onnx_(model)->None: # `onnx_ir.Model` from torch's converter
         if n.meta.get('name'): n.meta.get('clip', n).outputs[0].name = n.meta['name']+'_int'
     _name_batch(model, ir)
 
-# %% ../../nbs/deploy/07_onnx.ipynb #a59443f8
+# %% ../../nbs/deploy/07_onnx.ipynb #9e3a3ba0
 @contextmanager
 def _quiet():
     logs = [logging.getLogger(n) for n in ('torch.onnx','onnxscript','onnx_ir')]
@@ -305,39 +305,51 @@ def _quiet():
         finally:
             for l,o in zip(logs, was): l.setLevel(o)
 
-def _culprit(e)->str:
-    "The operation that torch's converter names in an error, or in what caused it"
-    while e is not None:
-        if m := re.search(r"OpOverload\(op='([\w.]+)'|target=torch\.ops\.([\w.]+)\.\w+\]", str(e)): return m[1] or m[2]
+def _culprit(e, graph)->str:
+    "The operation that torch's converter names in an error, or in what caused it, and where it is"
+    op,node = '',''
+    while e is not None and not op:
+        if m := re.search(r"OpOverload\(op='([\w.]+)'|target=torch\.ops\.([\w.]+)\.\w+\]", str(e)): op = m[1] or m[2]
+        if m := re.search(r'node %(\w+)', str(e)): node = m[1]
         e = e.__cause__ or e.__context__
-    return ''
+    found = [n for n in graph.nodes if n.name==node] or [n for n in graph.nodes if op and op.split('.')[1] in str(n.target)]
+    where = layer_of(found[0]) if found else ''
+    return f"{op or 'an operation of this model'}{f' (in {where})' if where else ''}"
+
+def _converted(gm, args, open_batch):
+    "`gm` as an ONNX program; `RuntimeError` with what torch can't write"
+    shapes = tuple({0:torch.export.Dim.DYNAMIC} if isinstance(a, Tensor) and a.ndim else None for a in args) if open_batch else None
+    n_out = len(gm.graph.output_node().args[0]) if isinstance(gm.graph.output_node().args[0], (tuple, list)) else 1
+    ep = torch.export.export(gm, args, dynamic_shapes=shapes)
+    try: return torch.onnx.export(ep, dynamo=True, opset_version=opset, optimize=False, verbose=False, custom_translation_table=translations(),
+                                  output_names=[f'output_{i}' if i else 'output' for i in range(n_out)])
+    except torch.onnx.OnnxExporterError as e: raise RuntimeError(f"torch can't write {_culprit(e, ep.graph)} in ONNX") from e
 
 def save_onnx(ref:fx.GraphModule,      # folded reference graph of a model simulated with profile 'onnx'; it is left as it is
               path,                    # file to write
               args:tuple,              # example inputs, batch first
               dynamic_batch:bool=True, # any batch, where `ref` allows it
               show:bool=True,          # progress bar
-             )->None:
-    "Write a reference graph as an ONNX file"
+             )->tuple:               # batch that the file is bound to, None if it is open; why an open one can't be had, ''
+    "Write a reference graph as an ONNX file. A model that ONNX has words for only if the batch is known is bound to a batch of 1"
     _need()
-    bar = iter(progress(['prepare','record','convert','write'], 'onnx', show=show))
+    bar,why = iter(progress(['prepare','convert','write'], 'onnx', show=show)),''
     args,wide = as_args(args),dynamic_batch and ref.meta.get('fixed_batch') is None
     if wide: args = tuple(torch.cat([a, a]) if isinstance(a, Tensor) and a.ndim and len(a)==1 else a for a in args) # a batch of one would be taken for a constant
-    shapes = tuple({0:torch.export.Dim.DYNAMIC} if isinstance(a, Tensor) and a.ndim else None for a in args) if wide else None
     with _quiet():
         next(bar); gm = qdq_(copy.deepcopy(ref)).eval()
-        n_out = len(gm.graph.output_node().args[0]) if isinstance(gm.graph.output_node().args[0], (tuple, list)) else 1
-        next(bar); ep = torch.export.export(gm, args, dynamic_shapes=shapes)
         next(bar)
-        try: program = torch.onnx.export(ep, dynamo=True, opset_version=opset, optimize=False, verbose=False, custom_translation_table=translations(),
-                                         output_names=[f'output_{i}' if i else 'output' for i in range(n_out)])
-        except torch.onnx.OnnxExporterError as e:
-            op = _culprit(e)
-            where = next((layer_of(n) for n in ep.graph.nodes if op and op.split('.')[1] in str(n.target)), '')
-            raise RuntimeError(f"torch can't write {op or 'an operation of this model'}{f' (in {where})' if where else ''} in ONNX. Replace that operation in the model, or export with format='ptl', which keeps it in float.") from e
+        try:
+            try: program = _converted(gm, args, wide)
+            except RuntimeError as e:
+                if not wide: raise
+                program = _converted(gm, tuple(a[:1] for a in args), False)
+                wide,why,args = False,str(e),tuple(a[:1] for a in args)
+        except RuntimeError as e: raise RuntimeError(f"{e}. Replace that operation in the model, or export with format='ptl', which keeps it in float.") from e
         tidy_onnx_(program.model)
         next(bar); program.save(str(path))
         next(bar, None)
+    return (None if wide else len(args[0])), why
 
 # %% ../../nbs/deploy/07_onnx.ipynb #d1385239
 def session(path,              # file, or the bytes of one
