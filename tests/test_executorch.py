@@ -79,6 +79,16 @@ def test_scales_and_shifts_of_channels_in_one_int8_partition(tmp_path):
     assert sqnr(want, pte(x))>28
 
 
+def test_an_image_read_by_several_in_float(tmp_path):
+    "ExecuTorch turns a dequantized image channels last for all its readers, the permutation before a layer norm too"
+    torch.manual_seed(0)
+    def run(m, x):
+        y = m.a(x)+m.b(x)
+        return m.c(F.avg_pool2d(m.n(y.permute(0,2,3,1)).permute(0,3,1,2), 2)) + m.d(F.avg_pool2d(y, 2))
+    r,pte,want = shipped(Net(run, a=conv(3, 8), b=conv(3, 8), c=conv(8, 4), d=conv(8, 4), n=nn.LayerNorm(8)), (x := rand(4,3,10,12),), tmp_path)
+    assert sqnr(want, pte(x))>40
+
+
 def many(m, x, z):
     a = torch.cat([F.relu(m.a(x)), m.g(F.pad(z, (1,0,1,0)))], 1)
     b = F.relu6(m.up(a))*m.gate(m.up2(a))

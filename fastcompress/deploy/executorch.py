@@ -153,7 +153,7 @@ def match(self:Translation):
                 self.wanted.add(r)
                 r = r.args[0]
 
-# %% ../../nbs/deploy/08_executorch.ipynb #3a8fc205
+# %% ../../nbs/deploy/08_executorch.ipynb #6137482d
 _int8 = -128,127,torch.int8
 def _ops(): return torch.ops.quantized_decomposed
 
@@ -181,9 +181,11 @@ def on(self:Translation, x, scale, zero, n): return self.dq(self.q(x, scale, zer
 
 @patch
 def float_of(self:Translation, n)->fx.Node:
-    "Float value of reference node `n`, made at first use"
+    "Float value of reference node `n`, made at first use; of an image on a grid, one for each reader"
     if n in self.floats: return self.floats[n]
-    if n in self.grids: new = self.dq(*self.grids[n], n)
+    if n in self.grids:
+        new = self.dq(*self.grids[n], n)
+        if n.meta['val'].ndim==4: return new # ExecuTorch turns a dequantized image channels last for all who read it, if one of them needs that
     elif n.op=='get_attr': new = self.store(n.target, get_tensor(self.ref, n))
     else: new = self.store(f'{layer_of(n)}.weight', n.target(*(get_tensor(self.ref, a) for a in n.args)))
     self.floats[n] = new
