@@ -1349,6 +1349,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fastcompress/deploy/executorch.py'),
                                                 'fastcompress.deploy.executorch._shape': ( 'deploy/executorch.html#_shape',
                                                                                            'fastcompress/deploy/executorch.py'),
+                                                'fastcompress.deploy.executorch._sizes': ( 'deploy/executorch.html#_sizes',
+                                                                                           'fastcompress/deploy/executorch.py'),
                                                 'fastcompress.deploy.executorch._stacks': ( 'deploy/executorch.html#_stacks',
                                                                                             'fastcompress/deploy/executorch.py'),
                                                 'fastcompress.deploy.executorch._zeros': ( 'deploy/executorch.html#_zeros',

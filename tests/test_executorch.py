@@ -89,6 +89,15 @@ def test_an_image_read_by_several_in_float(tmp_path):
     assert sqnr(want, pte(x))>40
 
 
+@pytest.mark.parametrize('pool', [dict(kernel_size=3, stride=2), dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=2), dict(kernel_size=3, stride=3, padding=(0,1)), dict(kernel_size=2, stride=3, dilation=2)], ids=str)
+def test_max_pooling_that_rounds_its_size_up(pool, tmp_path):
+    "XNNPACK pools with `ceil_mode` too, on grids that reach below zero and on those that don't"
+    torch.manual_seed(0)
+    pool = nn.MaxPool2d(**pool, ceil_mode=True)
+    r,pte,want = shipped(Net(lambda m, x: m.c(m.p((y := m.a(x)).relu()))+m.d(m.p(y-3)), a=conv(3, 8), c=conv(8, 4), d=conv(8, 4), p=pool), (x := rand(4,3,10,11),), tmp_path)
+    assert (r['portable']==0)==(pool.dilation==1) and sqnr(want, pte(x))>25
+
+
 def many(m, x, z):
     a = torch.cat([F.relu(m.a(x)), m.g(F.pad(z, (1,0,1,0)))], 1)
     b = F.relu6(m.up(a))*m.gate(m.up2(a))

@@ -244,7 +244,7 @@ def quantize(self:Translation, n):
         q = self.q(self.clamp(y, src, (lo,hi), scale, zero, n), scale, zero, n)
     self.grids[n],self.tapped[n] = (q,scale,zero),q
 
-# %% ../../nbs/deploy/08_executorch.ipynb #a2956eb8
+# %% ../../nbs/deploy/08_executorch.ipynb #5f330e05
 @patch
 def reshape(self:Translation, x, shape, n):
     return self.call(torch.ops.aten.view.default, (self.call(torch.ops.aten.contiguous.default, (x,), n), shape), n)
@@ -256,13 +256,16 @@ def move(self:Translation, n):
     args = fx.node.map_arg(n.args[1:], self.float_of)
     if op in _same: pass
     elif op in _shapes and shape: q = self.q(self.reshape(self.dq(q, s, z, n), shape, n), s, z, n)
-    elif op=='max_pool2d' and _floor(n): q = self.q(self.call(n.target, (self.dq(q, s, z, n), *_floor(n)), n), s, z, n)
+    elif op=='max_pool2d' and _sizes(n)[0][3]==[1,1]: # XNNPACK knows no dilated windows
+        geometry,more = _sizes(n)
+        if any(more): q = self.q(self.call(torch.ops.aten.constant_pad_nd.default, (self.dq(q, s, z, n), more, (-128-z)*s), n), s, z, n) # with the lowest number there is
+        q = self.q(self.call(n.target, (self.dq(q, s, z, n), *geometry), n), s, z, n)
     elif op in _known_moves: q = self.q(self.call(n.target, (self.dq(q, s, z, n), *args), n, n.kwargs), s, z, n)
     elif op in _pads: q = self.q(self.call(torch.ops.aten.constant_pad_nd.default, (self.dq(q, s, z, n), _zeros(n), 0.), n), s, z, n)
     else: q = self.call(n.target, (q, *args), n, n.kwargs)
     self.grids[n] = q,s,z
 
-# %% ../../nbs/deploy/08_executorch.ipynb #4539eef3
+# %% ../../nbs/deploy/08_executorch.ipynb #6b1f8509
 spellings = Registry('spelling')
 
 @patch
@@ -288,12 +291,17 @@ def mean(t, n):
 
 def _pair(v): return list(v)*(2//len(v)) if isinstance(v, (tuple, list)) else [v, v]
 
-def _floor(n)->list: # kernel, stride, padding, dilation
-    "Geometry of a pooling if it comes out the same without `ceil_mode`, which XNNPACK lacks; else None"
+def _sizes(n)->tuple[list,list]: # [kernel, stride, padding, dilation], [0, right, 0, bottom]
+    "Geometry of a pooling, and what its image lacks for it to come out the same without `ceil_mode`, which XNNPACK lacks"
     k,pad,dil = _pair(n.args[1]),_pair(_arg(n, 3, 0)),_pair(_arg(n, 4, 1) if op_of(n)=='max_pool2d' else 1)
     stride = _pair(_arg(n, 2) or k)
-    out = [(i+2*p-d*(m-1)-1)//s+1 for i,m,s,p,d in zip(n.args[0].meta['val'].shape[-2:], k, stride, pad, dil)]
-    return [k, stride, pad, dil] if out==list(n.meta['val'].shape[-2:]) else None
+    bottom,right = (max((o-1)*s+d*(m-1)+1-2*p-i, 0) for o,i,m,s,p,d in zip(n.meta['val'].shape[-2:], n.args[0].meta['val'].shape[-2:], k, stride, pad, dil))
+    return [k, stride, pad, dil],[0, right, 0, bottom]
+
+def _floor(n)->list: # kernel, stride, padding, dilation
+    "Geometry of a pooling if it comes out the same without `ceil_mode`; else None"
+    geometry,more = _sizes(n)
+    return None if any(more) else geometry
 
 def _pad(t, n, x, by):
     "`x` padded with zeros. XNNPACK's passes take a padding that reads a dequantized tensor for one on integers, unless it is rounded right after"
