@@ -124,6 +124,18 @@ def test_scales_and_shifts_of_channels_are_convolutions(tmp_path):
     with torch.no_grad(): assert sqnr(model(*x), OnnxModel(p)(*x)) > 30
 
 
+def test_attention_over_five_dimensions(tmp_path):
+    "Hiera's, within windows; what it reads is in float, and torch's converter has no words for it"
+    torch.manual_seed(0)
+    def run(m, x):
+        q,k,v = m.qkv(x).view(x.shape[0], 2, 6, 3, 2, 4).permute(3, 0, 4, 1, 2, 5).unbind(0)
+        return m.o(F.scaled_dot_product_attention(q.unflatten(-2, (3, 2)).amax(-2), k, v).transpose(1, 2).reshape(x.shape[0], 2, 3, 8))
+    model,ref,x = made(Fn(run, qkv=nn.Linear(8,24), o=nn.Linear(8,5)), [(2,6,8)])
+    p = written(tmp_path, model, ref, x)
+    assert max(c.steps for c in check_onnx(p, ref, x))<=1
+    with torch.no_grad(): assert sqnr(model(*x), OnnxModel(p)(*x)) > 30
+
+
 def test_what_needs_to_know_the_batch_is_bound_to_one(tmp_path):
     "A kernel for each sample (CondConv) is a convolution in as many groups as there are samples, and ONNX has only numbers for groups"
     from fastcompress.deploy.mobile import export_mobile, load_mobile

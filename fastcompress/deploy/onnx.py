@@ -119,7 +119,7 @@ def rows_(gm:fx.GraphModule)->fx.GraphModule:
             back.replace_all_uses_with(_pair(gm, full, q), delete_user_cb=lambda u: u is not full)
     return gm
 
-# %% ../../nbs/deploy/07_onnx.ipynb #d8c4bac0
+# %% ../../nbs/deploy/07_onnx.ipynb #dd194e20
 def _mask(gm, n, scores, mask, causal):
     "`scores`, -inf where attention node `n` must not look"
     if causal:
@@ -130,16 +130,18 @@ def _mask(gm, n, scores, mask, causal):
     return _call(gm, n, _aten.add.Tensor, scores, mask)
 
 def attention_(gm:fx.GraphModule)->fx.GraphModule:
-    "Attention in its parts, the first product on integers"
+    "Attention in its parts, the first product on integers where they are there"
     for n in list(gm.graph.nodes):
         if op_of(n)!='scaled_dot_product_attention': continue
         more = dict(zip(('attn_mask','dropout_p','is_causal'), n.args[3:]))|n.kwargs
         (q,k,v),scale,mask,causal = n.args[:3],*(more.pop(o, None) for o in ('scale','attn_mask','is_causal'))
-        if any(more.values()) or not (_on_grid(q) and _on_grid(k)) or causal and not all(isinstance(o.meta['val'].shape[-2], int) for o in (q,k)): continue
+        on_grid = _on_grid(q) and _on_grid(k)
+        if any(more.values()) or not on_grid and q.meta['val'].ndim==4 or causal and not all(isinstance(o.meta['val'].shape[-2], int) for o in (q,k)): continue # torch's converter knows attention over four dimensions, and only that
         if scale is None: scale = k.meta['val'].shape[-1]**-0.5
         with gm.graph.inserting_before(n):
-            ints = _call(gm, n, _ours.quantize.default, _call(gm, n, _aten.transpose.int, k, -2, -1), *k.args[0].args[1:5], '')
-            keys = _call(gm, n, _ours.dequantize.default, ints, k.args[1]*scale, k.args[2])
+            keys = _call(gm, n, _aten.transpose.int, k, -2, -1)
+            if on_grid: keys = _call(gm, n, _ours.dequantize.default, _call(gm, n, _ours.quantize.default, keys, *k.args[0].args[1:5], ''), k.args[1]*scale, k.args[2])
+            else: keys = _call(gm, n, _aten.mul.Tensor, keys, scale)
             scores = _mask(gm, n, _call(gm, n, _aten.matmul.default, q, keys), mask, causal)
             new = _call(gm, n, _aten.matmul.default, _call(gm, n, _aten.softmax.int, scores, -1), v)
         new.meta['val'] = n.meta['val']
