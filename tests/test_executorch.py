@@ -98,6 +98,13 @@ def test_max_pooling_that_rounds_its_size_up(pool, tmp_path):
     assert (r['portable']==0)==(pool.dilation==1) and sqnr(want, pte(x))>25
 
 
+def test_max_pooling_in_float_that_rounds_its_size_up(tmp_path):
+    torch.manual_seed(0)
+    net = Net(lambda m, x: m.c(F.max_pool2d(F.silu(m.a(x)), 3, 2, ceil_mode=True)), a=conv(3, 8), c=conv(8, 4))
+    r,pte,want = shipped(net, (x := rand(4,3,10,11),), tmp_path)
+    assert r['portable']==0 and r['partitions']==1 and sqnr(want, pte(x))>25
+
+
 def many(m, x, z):
     a = torch.cat([F.relu(m.a(x)), m.g(F.pad(z, (1,0,1,0)))], 1)
     b = F.relu6(m.up(a))*m.gate(m.up2(a))

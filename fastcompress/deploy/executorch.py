@@ -265,7 +265,7 @@ def move(self:Translation, n):
     else: q = self.call(n.target, (q, *args), n, n.kwargs)
     self.grids[n] = q,s,z
 
-# %% ../../nbs/deploy/08_executorch.ipynb #6b1f8509
+# %% ../../nbs/deploy/08_executorch.ipynb #738e6fad
 spellings = Registry('spelling')
 
 @patch
@@ -314,7 +314,10 @@ def pad(t, n):
 
 @spellings('max_pool2d')
 def max_pool2d(t, n):
-    if _floor(n): return t.call(n.target, (t.float_of(n.args[0]), *_floor(n)), n)
+    geometry,more = _sizes(n)
+    if any(more) and n.args[0] in t.grids: return None # rounded images are padded on their grid, see `move`
+    x = t.float_of(n.args[0])
+    return t.call(n.target, (t.call(torch.ops.aten.constant_pad_nd.default, (x, more, -float('inf')), n) if any(more) else x, *geometry), n)
 
 @spellings('avg_pool2d')
 def avg_pool2d(t, n):
