@@ -75,7 +75,7 @@ def put(gm:fx.GraphModule,
     n.meta.update(before.meta)
     return n
 
-# %% ../../nbs/deploy/00_capture.ipynb #071435a8
+# %% ../../nbs/deploy/00_capture.ipynb #f0308d3c
 _noops = {'dropout', 'detach', 'detach_', 'alias', 'lift_fresh_copy', 'feature_dropout', 'dropout_'}
 
 _views = set('view reshape slice select transpose permute unsqueeze squeeze expand flatten unflatten narrow alias detach unbind split split_with_sizes chunk getitem contiguous to t movedim diagonal as_strided'.split())
@@ -178,8 +178,8 @@ def _merge_quantize(gm):
 def _drop_idle(gm):
     "Take out additions of zero and products with one"
     for n in list(gm.graph.nodes):
-        if n.op!='call_function' or not is_idle(op_of(n), n.args, n.kwargs) or not isinstance(n.args[0], fx.Node): continue
-        if n.args[0].meta['val'].dtype==n.meta['val'].dtype:
+        if n.op!='call_function' or not is_idle(op_of(n), n.args, n.kwargs) or not isinstance(n.meta.get('val'), Tensor) or not isinstance(n.args[0], fx.Node): continue
+        if n.args[0].meta['val'].dtype==n.meta['val'].dtype: # arithmetic on sizes has no type
             n.replace_all_uses_with(n.args[0])
             gm.graph.erase_node(n)
 

@@ -281,7 +281,7 @@ profiles['xnnpack'] = Profile('xnnpack', dict(**_contract, **dict.fromkeys(['add
 profiles['onnx'] = Profile('onnx', dict(**_contract, **_products, scaled_dot_product_attention='product', **dict.fromkeys(['add','sub','mul'], 'combine'), cat='share', batch_norm='norm', **_clamps, **_own, avg_pool2d='unary',
                                         **_unary, **dict.fromkeys(['gelu','silu','mish', *_known], 'unary'), **_more_moves), _limits, most=16, eager=False)
 
-# %% ../../nbs/quantize/02_place.ipynb #b6ead188
+# %% ../../nbs/quantize/02_place.ipynb #8a1a341a
 @dataclass
 class Spot:
     "The quantizers of one site, by key"
@@ -366,7 +366,9 @@ _operands = dict(contract=(0,), unary=(0,), fixed=(0,), combine=(0,1), product=(
 class _Placer:
     def __init__(self, sites, profile, per_channel):
         self.sites,self.profile,self.per_channel = sites,profile,per_channel
-        self.p,self.grid,self.fused,self.one,self.ends = Placement(),{},set(),{},self.wanted()
+        self.p,self.grid,self.fused,self.one = Placement(),{},set(),{}
+        self.rounded = self.ends({'contract'}, {'move','clamp'}) # read by contractions alone
+        self.wanted = self.ends({'contract','product','norm','unary','fixed'}, {'move','clamp','affine','average','combine','join','share'}) # rounded in the end
     def root(self, key):
         while key in self.one: key = self.one[key]
         return key
@@ -399,27 +401,19 @@ class _Placer:
         if role=='fixed': return [s]
         many = role=='contract' and self.many(s)
         return _tail(s, self.sites, self.profile, many or role=='contract' and 'transpose' not in s.op, many)
-    def rounded(self, s)->bool:
-        "Is the result of `s` read by contractions alone, so that it is rounded anyway?"
-        def _one(n):
-            u = self.sites.get(n) # '' is the model's output
-            role = u and self.profile.role(u)[0]
-            return role=='contract' and u.inputs.get(1)!=(s.name,0) or role in ('move','clamp') and self.rounded(u)
-        return bool(s.users) and all(map(_one, s.users))
-    def wanted(self)->dict: # site name -> bool
-        "Is a result rounded in the end, by all that is made of it?"
+    def ends(self, stops, through)->dict: # site name -> bool
+        "Does a result end in operations of the roles `stops`, whichever way it goes, with only `through` on the way?"
         found = {'': False} # the model's output
         def _one(s, n):
             u = self.sites.get(n)
             role = u and self.profile.role(u)[0]
-            if role in ('move','clamp','affine','average','combine','join','share'): return found[n]
-            return role in ('contract','product','norm','unary','fixed') and not (role=='contract' and u.inputs.get(1)==(s.name,0))
+            return found[n] if role in through else role in stops and not (role=='contract' and u.inputs.get(1)==(s.name,0))
         for s in reversed(list(self.sites.values())): found[s.name] = bool(s.users) and all(_one(s, n) for n in s.users)
         return found
     def taken(self, s)->bool:
         "Will all that reads `s` take bytes?"
         us = [self.sites[n] for n in s.users if n!='']
-        return self.ends[s.name] and all(v in self.grid or v==(s.name,0) for u in us if self.profile.role(u)[0]=='combine' for v in u.inputs.values())
+        return self.wanted[s.name] and all(v in self.grid or v==(s.name,0) for u in us if self.profile.role(u)[0]=='combine' for v in u.inputs.values())
     def affine(self, s):
         "Factors and addends of channels, and clamps, that follow each other"
         chain = [s]
@@ -430,9 +424,9 @@ class _Placer:
         return chain
     def float_reason(self, s, role)->str:
         "Why `s` should stay in float, though there is a kernel; '' if it shouldn't"
-        operands = [i for i in s.inputs if isinstance(i, tuple)] if role in ('join','share') else _operands.get(role, ())
-        if role!='contract' and not self.profile.eager and not all(s.inputs.get(i) in self.grid for i in operands): return 'what it reads is in float'
-        return 'its result is not rounded otherwise: bytes would only add an error' if s.op in self.profile.quiet and not self.rounded(s) else ''
+        operands = [i for i in s.inputs if isinstance(i, tuple)] if role in ('join','share') else [_scaled(s)] if role=='affine' else _operands.get(role, ())
+        if role!='contract' and (role=='affine' or not self.profile.eager) and not all(s.inputs.get(i) in self.grid for i in operands): return 'what it reads is in float'
+        return 'its result is not rounded otherwise: bytes would only add an error' if (not self.taken(self.affine(s)[-1]) if role=='affine' else s.op in self.profile.quiet and not self.rounded[s.name]) else ''
     def weigh(self, s, chain):
         axis = 1 if 'transpose' in s.op else 0
         many = self.many(s)
@@ -454,7 +448,7 @@ class _Placer:
         role,why = self.profile.role(s)
         on_grid = s.inputs.get(0) in self.grid
         if role=='norm' and not self.profile.eager: role = 'unary' # it stands alone
-        if role in (*_operands, 'join', 'share') and (not_now := self.float_reason(s, role)): role,why = 'float',not_now
+        if role in (*_operands, 'join', 'share', 'affine') and (not_now := self.float_reason(s, role)): role,why = 'float',not_now
         if role in _operands:
             read = [self.reader(s, i) for i in _operands[role]]
             if s.op=='scaled_dot_product_attention': self.reader(s, 2)
@@ -466,9 +460,9 @@ class _Placer:
             out = self.write(s, chain)
             if role=='fixed': self.p.fixed[out] = self.profile.fixed[s.op]
             if s.op in ('add','sub'): self.p.adds.append((read, out))
-        elif role=='affine' and s.inputs[at := _scaled(s)] in self.grid and self.taken((chain := self.affine(s))[-1]):
-            self.reader(s, at)
-            self.write(s, chain)
+        elif role=='affine':
+            self.reader(s, _scaled(s))
+            self.write(s, self.affine(s))
         elif role=='share': self.share(s)
         elif role=='join':
             for i in [i for i in s.inputs if isinstance(i, tuple)]: self.reader(s, i)
@@ -478,7 +472,6 @@ class _Placer:
         elif role in ('average','clamp') and on_grid:
             self.p.spot(s.name).output = self.grid[(s.name,0)] = self.grid[s.inputs[0]]
             if role=='average': self.p.spot(s.name).reads = [self.grid[s.inputs[0]]]
-        elif role=='affine' and s.inputs[_scaled(s)] in self.grid: self.p.floats[s.name] = 'its result is not rounded otherwise: bytes would only add an error'
         else: self.p.floats[s.name] = why or {'norm':'no convolution or linear layer before it to fold into'}.get(role, 'what it reads is in float')
     def run(self):
         for s in self.sites.values():
