@@ -10,7 +10,7 @@ from fastcompress.deploy.capture import capture
 from fastcompress.deploy.emulate import Ints, compare_bits, emulate, emulations
 from fastcompress.deploy.engines import QConv1d, QConv2d, QConvTranspose2d, QLinear, use_engine
 from fastcompress.deploy.lower import IntegerModel, lower
-from fastcompress.deploy.mobile import save_ptl, scriptable_
+from fastcompress.deploy.ptl import save_ptl, scriptable_
 from fastcompress.quantize.simulate import calibrate_, simulate_
 from helpers import timm_model
 

@@ -1,14 +1,17 @@
 "Every row of the engines' table: lowered to its kernel, within a step of the simulation, saved, loaded, any batch; what the kernels get wrong goes around them"
 import copy, pickle
+from dataclasses import replace
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.jit.mobile import _load_for_lite_interpreter
 from fastcompress.deploy.capture import capture, op_of
 from fastcompress.deploy.engines import engines, use_engine
 from fastcompress.deploy.lower import check_ops, lower, to_integer
-from fastcompress.deploy.mobile import save_ptl
+from fastcompress.deploy.ptl import save_ptl
 from fastcompress.measure.quality import sqnr
-from fastcompress.quantize.place import profiles
+from fastcompress.quantize.affine import quantize
+from fastcompress.quantize.observe import pair_sums
+from fastcompress.quantize.place import has_vnni, profiles
 from fastcompress.quantize.simulate import calibrate_, simulate_, simulation
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:.*deprecated.*')]
@@ -79,9 +82,8 @@ def test_lowered(name, engine, tmp_path):
     checks = check_ops(im, ref, pairs, x)
     assert checks and max(c.steps for c in checks)<=1, [c for c in checks if c.steps>1]
     _,must,may = NETS[name]
-    if engine=='fbgemm': may = may + [o for o in ('hardsigmoid','tanh','mul') if o in must] # its 7 bits are not the kernels' grid
-    assert {i.op for i in im.islands}<=set(may) if engine=='fbgemm' else {i.op for i in im.islands}==set(may), [(i.op, i.reason) for i in im.islands]
-    assert {CLASS.get(o, o) for o in must if o not in {i.op for i in im.islands}} <= ops(im)
+    assert {i.op for i in im.islands}==set(may), [(i.op, i.reason) for i in im.islands]
+    assert {CLASS.get(o, o) for o in must} <= ops(im)
     assert all(i.reason and i.done for i in im.islands)
     with torch.no_grad(): y,y_sim = im(x),net(x)
     assert sqnr(want, y)>18 and (torch.equal(y, y_sim) or sqnr(y_sim, y)>30)
@@ -123,8 +125,8 @@ def test_narrow_activations(engine, bits):
     with torch.no_grad(): y,y_sim = im(x),net(x)
     assert len(y.unique())<=2**bits and (torch.equal(y, y_sim) or sqnr(y_sim, y)>20)
 
-def test_many_groups_under_x86_read_seven_bits():
-    "torch hands convolutions of more than 100 groups to fbgemm, which saturates 16 bits, with VNNI too"
+def test_many_groups_under_x86():
+    "torch hands convolutions of more than 100 groups to fbgemm, which adds pairs in 16 bits, with VNNI too: neighbours fit together"
     if 'x86' not in HERE: pytest.skip('no x86 engine')
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 128, 1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.ReLU(), nn.Conv2d(128, 8, 1)).eval()
@@ -132,9 +134,43 @@ def test_many_groups_under_x86_read_seven_bits():
     x = torch.rand(4,3,12,12)+1
     simulate_(net, x, 'x86'); calibrate_(net, [x], show=False)
     sim = simulation(net)
-    assert sim['1:relu'].bits==7 and sim['3:relu'].bits==profiles['x86'].a_bits
+    w = sim['2:conv2d.weight']
+    assert w.pairs==0 and pair_sums(quantize(net[2].weight.detach(), w.qparams)).max()==128 # not 254
     im,ref,pairs = lower(capture(net, x), 'x86')
     assert max(c.steps for c in check_ops(im, ref, pairs, x))<=1 and im.islands==[]
+
+PAIRS = {'conv':(6,8,3,1), 'odd':(5,8,3,1), 'three':(3,8,7,1), 'odd_pointwise':(7,8,1,1), 'depthwise':(8,8,3,8), 'depthwise5':(16,16,5,16), 'depthwise7':(8,8,7,8), 'many':(128,128,3,128), 'grouped':(32,32,3,8), 'grouped_odd':(9,9,3,3)}
+
+def loud(name, profile):
+    "A convolution of weights of mostly one sign, and the largest bytes there are: reference graph, weight's integers, inputs"
+    torch.manual_seed(0)
+    i,o,k,groups = PAIRS[name]
+    net = nn.Sequential(nn.Conv2d(i, o, k, padding=k//2, groups=groups, bias=False)).eval()
+    with torch.no_grad(): net[0].weight.copy_(torch.where(torch.rand_like(net[0].weight)<.8, 1., -1.)*(.5+torch.rand_like(net[0].weight)/2))
+    x = torch.where(torch.rand(4,i,12,12)<.8, 1., 0.)
+    x[0] = 1
+    simulate_(net, x, profile); calibrate_(net, [x], show=False)
+    return capture(net, x), quantize(net[0].weight.detach(), simulation(net)['0:conv2d.weight'].qparams), x
+
+in_pairs = pytest.mark.parametrize('engine', [e for e in HERE if profiles[e].pairs])
+
+@pytest.mark.parametrize('name', PAIRS)
+@in_pairs
+def test_no_pair_of_products_leaves_16_bits(engine, name):
+    "Weights whose neighbours use all the room: no sum is cut off"
+    gm,ints,x = loud(name, engine)
+    if profiles[engine].pairs is profiles['fbgemm'].pairs or PAIRS[name][3]>100: assert 124<=pair_sums(ints).min() and pair_sums(ints).max()<=128
+    im,ref,pairs = lower(gm, engine)
+    assert im.islands==[] and max(c.steps for c in check_ops(im, ref, pairs, x))<=1
+
+@in_pairs
+def test_without_room_sums_are_cut_off(engine):
+    "What the test above would show if scales weren't raised; where kernels add in 32 bits, nothing"
+    gm,ints,x = loud('many', profile := replace(profiles[engine], pairs=None))
+    assert pair_sums(ints).max()>200
+    im,ref,pairs = lower(gm, replace(engines[engine], profile=profile))
+    steps = max(c.steps for c in check_ops(im, ref, pairs, x))
+    assert steps>1 or has_vnni() or engine=='onednn'
 
 def test_integers_are_stored_once_and_islands_keep_theirs(tmp_path):
     "A contraction that has to stay in float keeps bytes in the file; `compact=False` gives it floats, which are faster"

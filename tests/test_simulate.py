@@ -5,7 +5,8 @@ import pytest, timm, torch, torch.nn.functional as F
 from torch import nn
 from fastcompress.core import call
 from fastcompress.measure.quality import sqnr
-from fastcompress.quantize.affine import fake_quant
+from fastcompress.quantize.affine import fake_quant, quantize
+from fastcompress.quantize.observe import pair_sums
 from fastcompress.quantize.place import profiles
 from fastcompress.quantize.simulate import attach_, calibrate_, release_, sim_mode, simulate_, simulation, simulation_from_dict, simulation_to_dict, site_sqnr
 
@@ -112,12 +113,29 @@ def test_shared_grids_and_fixed_ones():
     with torch.no_grad(): y = net(x)
     assert y.isfinite().all()
 
-def test_x86_takes_seven_bits_where_the_processor_needs_it(monkeypatch):
+def test_weights_leave_room_for_sums_of_pairs():
+    "Where kernels add two products in 16 bits, scales are raised until neighbours fit, however they are found, and in training too"
+    from fastcompress.quantize.learned import adapt_
     net,x = Net().eval(),torch.randn(2,3,8,8)
-    seven = profiles['fbgemm'] # whatever the processor
-    sim = simulate_(net, x, seven)
-    assert {sim[k].qmax for k in sim.placement.acts}=={127} and {sim[k].qmax for k in sim.placement.weights}=={127}
+    profile = profiles['fbgemm'] # whatever the processor
+    def ints(): return {k: quantize(dict(net.named_parameters())[w.param].detach().movedim(w.axis, 0), replace(sim[k].qparams, axis=0 if w.channels else None)) for k,w in sim.placement.weights.items() if w.param}
+    for kw in dict(), dict(weight_observer='minmax'), dict(per_channel=False):
+        sim = simulate_(net, x, profile, **kw)
+        calibrate_(net, [x], show=False)
+        assert all(w.pairs for w in sim.placement.weights.values())
+        assert all(pair_sums(q).max()<=128 for q in ints().values())
     assert sim['t:conv_transpose2d.weight'].scale.shape==() # no scale per channel for transposed convolutions there
+    sim = simulate_(net, x, profile); calibrate_(net, [x], show=False)
+    for learned in True, False:
+        adapt_(sim, learned)
+        net.train()
+        for p in net.parameters(): p.data.mul_(1.3) # as if a step had been made
+        net(x)
+        net.eval()
+        assert all(pair_sums(q).max()<=128 for q in ints().values())
+    plain = simulate_(net, x, replace(profile, pairs=None)); calibrate_(net, [x], show=False)
+    sim = plain
+    assert max(pair_sums(q).max() for q in ints().values())>128 # which is what all that is for
 
 # ---- circumstances
 

@@ -30,7 +30,7 @@ from ..prune.remove import reestimate_norms_
 from ..quantize.learned import adapt_, fix_, freeze_ranges_, keep_positive_, learned, load_moving_, moving_state, set_bits_, settle_, sync_ranges_
 from ..quantize.observe import observers, weight_observers
 from ..quantize.place import Profile, profiles
-from ..quantize.simulate import Dynamic, Simulation, attach_, calibrate_, release_, simulate_, simulation, simulation_from_dict, simulation_to_dict, widths
+from ..quantize.simulate import Dynamic, Simulation, all_widths, attach_, calibrate_, release_, simulate_, simulation, simulation_from_dict, simulation_to_dict
 
 # %% ../../nbs/callback/06_qat.ipynb #4ee0bf2f
 _why = 'left out by the user'
@@ -123,11 +123,10 @@ def _like(sim, profile, out, per_channel)->bool:
 
 def set_widths_(sim:Simulation, w_bits, a_bits, least:int=0)->bool: # did any change?
     "Give each quantizer its width, but none less than `least`"
-    p,f,changed = sim.placement,sim.profile,False
-    want = widths(w_bits, p.weights, p.layers, f.w_bits, f, 'w_bits') | widths(a_bits, p.acts, p.layers, f.a_bits, f, 'a_bits')
-    for k,b in want.items():
-        changed |= sim[k].bits!=max(b, least)
-        set_bits_(sim[k], max(b, least))
+    changed = False
+    for k,b in all_widths(sim.placement, sim.profile, w_bits, a_bits, least).items():
+        changed |= sim[k].bits!=b
+        set_bits_(sim[k], b)
     return changed
 
 def _norms(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]

@@ -6,9 +6,10 @@
 __all__ = ['Proved', 'proved', 'without_rounding', 'refuse_islands', 'ladder', 'kind_of', 'fastest']
 
 # %% ../../nbs/deploy/03_fallback.ipynb #c170befe
-import copy
+import copy,tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from ..core import as_args, plain, progress
 from .capture import clean_, op_of
 from .engines import engines, use_engine
 from .lower import IntegerModel, Island, check_ops, lower
+from .ptl import load_ptl, save_ptl
 from ..measure.latency import faster, ratio, time_interleaved
 
 # %% ../../nbs/deploy/03_fallback.ipynb #9e79d683
@@ -138,20 +140,26 @@ def fastest(done:Proved,       # the integer model
     "Keep in float what is slower on integers, on this machine"
     nodes = {o.name:o for o in done.ref.graph.nodes}
     kinds = Counter(kind_of(nodes[o]) for o in done.model.ops.values() if o in nodes)
-    without,timings,best = {},[],done
+    without,timings,best,file = {},[],done,_written(done.model, args)
     for kind,count in progress(kinds.most_common(), 'measuring', show=show, total=len(kinds)):
         names = {o: f'measured: faster in float on this machine ({kind})' for o in done.model.ops.values() if o in nodes and kind_of(nodes[o])==kind}
         trial = proved(done.ref, engine, args, {**without, **names}, compact=False)
-        won,r = _race(trial.model, best.model, args, n, threads)
+        won,r = _race(tried := _written(trial.model, args), file, args, n, threads)
         timings.append(dict(what=f'{kind} in float', operations=count, ratio=r, kept=won))
-        if won: without,best = {**without, **names},trial
+        if won: without,best,file = {**without, **names},trial,tried
     if float_graph is not None:
         whole = _whole(float_graph(), engine, 'float', 'measured: faster in float on this machine')
-        won,r = _race(whole.model, best.model, args, n, threads)
+        won,r = _race(_written(whole.model, args), file, args, n, threads)
         timings.append(dict(what='the whole model in float', operations=len(nodes), ratio=r, kept=won))
         if won: best = whole
     best.timings = timings
     return best
+
+def _written(im, args):
+    "The file of a lowered model, loaded"
+    with tempfile.TemporaryDirectory() as d, use_engine(im.engine):
+        save_ptl(im.body, Path(d)/'m.ptl', args)
+        return load_ptl(Path(d)/'m.ptl', im.engine)
 
 def _race(a, b, args, n, threads)->tuple[bool,float]:
     t = time_interleaved({'a':a, 'b':b}, args, n=n, warmup=3, threads=threads)

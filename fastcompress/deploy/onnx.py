@@ -254,21 +254,24 @@ def _spell_average(model, n, ir):
     y.name,y.shape,y.type = was.name,was.shape,was.type
     ir.convenience.replace_nodes_and_values(model.graph, n, [n], [new], [was], [y])
 
+def _stored(model, name, values, ir):
+    "A stored tensor of its own"
+    while name in model.graph.initializers: name += '_'
+    t = ir.tensor(values, name=name)
+    model.graph.initializers.add(v := ir.Value(name=name, shape=t.shape, type=ir.TensorType(t.dtype), const_value=t))
+    return v
+
 def _zero_points(model, n, ir):
-    "A flat scale and a zero point for a weight's DequantizeLinear"
+    "A flat scale and a zero point for a weight's DequantizeLinear; neither the weight nor the zero point shared with another"
     ints,scale = n.inputs
     if ints.dtype not in (ir.DataType.INT8, ir.DataType.INT16): return
     if len(scale.shape)>1:
         flat = scale.const_value.numpy().ravel()
         scale.const_value = ir.tensor(flat if flat.size>1 else flat.reshape(()), name=scale.name)
         scale.shape = scale.const_value.shape
-    shape,inits = scale.shape.numpy(),model.graph.initializers
-    name = f"zero_{'x'.join(map(str, shape))}_{ints.dtype.name.lower()}"
-    if name not in inits:
-        z = ir.tensor(np.zeros(shape, ints.dtype.numpy()), name=name)
-        inits.add(ir.Value(name=name, shape=z.shape, type=ir.TensorType(z.dtype), const_value=z))
+    if len(ints.uses())>1: n.replace_input_with(0, _stored(model, ints.name, ints.const_value.numpy(), ir))
     n.resize_inputs(3)
-    n.replace_input_with(2, inits[name])
+    n.replace_input_with(2, _stored(model, f'{ints.name}_zero', np.zeros(scale.shape.numpy(), ints.dtype.numpy()), ir))
 
 # %% ../../nbs/deploy/07_onnx.ipynb #a080e697
 def _name_batch(model, ir):
@@ -288,10 +291,10 @@ def tidy_onnx_(model)->None: # `onnx_ir.Model` from torch's converter
     passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model)
     for n in list(model.graph):
         if n.op_type=='ReduceMean' and len(n.inputs)>1: _spell_average(model, n, ir)
-        if n.op_type=='DequantizeLinear' and len(n.inputs)==2: _zero_points(model, n, ir)
         if n.op_type=='Reshape' and n.inputs[1].const_value is not None and n.inputs[1].const_value.numpy().all(): n.attributes['allowzero'] = ir.AttrInt64('allowzero', 0)
     for p in passes.DeduplicateInitializersPass, passes.ClearMetadataAndDocStringPass, passes.RemoveUnusedNodesPass: p()(model)
     for n in model.graph:
+        if n.op_type=='DequantizeLinear' and len(n.inputs)==2: _zero_points(model, n, ir)
         if n.meta.get('name'): n.meta.get('clip', n).outputs[0].name = n.meta['name']+'_int'
     _name_batch(model, ir)
 

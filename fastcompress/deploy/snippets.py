@@ -178,7 +178,7 @@ def swift(info:dict)->str:
 _py_load = dict(
     ptl="import torch\nfrom torch.jit.mobile import _load_for_lite_interpreter\n\ntorch.backends.quantized.engine = '{engine}'\nmodule = _load_for_lite_interpreter('{file}')\ndef predict(*inputs):\n    out = module(*map(torch.from_numpy, inputs))\n    return [o.numpy() for o in (out if isinstance(out, (tuple, list)) else [out])]",
     pte="import torch\nfrom executorch.runtime import Runtime\n\nprogram = Runtime.get().load_program('{file}')   # must live as long as its method\nmethod = program.load_method('forward')\ndef predict(*inputs): return [o.numpy() for o in method.execute([torch.from_numpy(i) for i in inputs])]",
-    onnx="import onnxruntime\n\nsession = onnxruntime.InferenceSession('{file}', providers=['CPUExecutionProvider'])\nnames = [i.name for i in session.get_inputs()]\ndef predict(*inputs): return session.run(None, dict(zip(names, inputs)))")
+    onnx="import onnxruntime\n\noptions = onnxruntime.SessionOptions()\noptions.add_session_config_entry('session.x64quantprecision', '1') # exact sums on x86 processors without VNNI too\nsession = onnxruntime.InferenceSession('{file}', options, providers=['CPUExecutionProvider'])\nnames = [i.name for i in session.get_inputs()]\ndef predict(*inputs): return session.run(None, dict(zip(names, inputs)))")
 
 @languages('Python')
 def python(info:dict)->str:

@@ -134,6 +134,7 @@ class LSQ(nn.Module):
     def forward(self, q, x):
         if not self.training: return fake_quant(x, _fixed(q))
         if self.fresh: self._begin_(q, x)
+        if q.pairs is not None: q.scale.data.copy_(q.fitting(x, q.scale.detach()))
         n = x.numel()//max(1, q.scale.numel() if q.is_weight else len(x))
         return lsq(x, q.qparams, 0. if self.frozen else 1/math.sqrt(max(n, 1)*self.top))
 
@@ -277,7 +278,8 @@ class WeightRange(nn.Module):
         rows = _rows(x.detach().float(), q.axis)
         c = newton_clip(rows, q.scale.view(-1)*q.qmax, q.qmax) if self.kind in ('mse','histogram') else weight_observers.resolve(self.kind)(rows, q.qmax)
         s = torch.where(c>0, (c/q.qmax).clamp(min=min_scale), zero_scale)
-        q.scale.copy_(torch.where(rows.abs().amax(1).isfinite(), s, q.scale.view(-1)).view_as(q.scale)) # a row with NaN leaves its step alone
+        s = torch.where(rows.abs().amax(1).isfinite(), s, q.scale.view(-1)).view_as(q.scale) # a row with NaN leaves its step alone
+        q.scale.copy_(q.fitting(x, s))
 
 # %% ../../nbs/quantize/04_learned.ipynb #4dad4fe1
 @torch.no_grad()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['observers', 'weight_observers', 'Observer', 'with_zero', 'MinMax', 'MovingAverage', 'Histogram', 'lp_range',
            'mse_range', 'Lp', 'Percentile', 'kl_cost', 'Entropy', 'aciq_clip', 'laplace_likelier', 'Aciq', 'Laplace',
-           'Gauss', 'minmax_amax', 'lp_amax', 'mse_amax', 'percentile_amax', 'aciq_amax', 'weight_qparams']
+           'Gauss', 'minmax_amax', 'lp_amax', 'mse_amax', 'percentile_amax', 'aciq_amax', 'weight_qparams', 'pair_sums',
+           'pair_scale']
 
 # %% ../../nbs/quantize/01_observe.ipynb #d5cf655b
 import math
@@ -13,6 +14,7 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core import Registry, use_threads
 from .affine import QParams, min_scale, symmetric_qparams
@@ -448,3 +450,28 @@ def weight_qparams(w:Tensor,            # weight, [C, ...]
     if not flat.isfinite().all(): raise ValueError("the weight holds nan or inf.")
     amax = weight_observers.resolve(observer)(flat, qmax)
     return symmetric_qparams(amax if per_channel else amax[0], bits, axis=0 if per_channel else None)
+
+# %% ../../nbs/quantize/01_observe.ipynb #bef3757c
+_pair = 2**15//255 # 128 steps
+
+def pair_sums(q:Tensor, # integers, [C, in, *kernel]
+             )->Tensor: # [C]
+    "The largest sum of two neighbours of the same sign, in the order in which kernels multiply them"
+    flat = q.movedim(1, -1)
+    orders = [flat.flatten(1)]
+    if q.ndim>2 and q.shape[1]>1 and q.shape[1]%2: orders.append(F.pad(flat, (0, 1)).flatten(1)) # onednn begins anew at each position
+    pairs = torch.cat([F.pad(o, (0, o.shape[1]%2)).unflatten(1, (-1, 2)) for o in orders], 1)
+    return torch.maximum(pairs.clamp(min=0).sum(2).amax(1), pairs.clamp(max=0).sum(2).neg().amax(1))
+
+def pair_scale(w:Tensor,     # weight, [C, in, *kernel]
+               scale:Tensor, # [C], or [] for all channels
+               qmax:int,     # largest integer
+              )->Tensor:     # like `scale`
+    "Scales raised until products of a byte and a weight, two at a time, fit 16 bits"
+    s = scale.detach().view(-1).expand(len(w)).clone()
+    todo = w.flatten(1).isfinite().all(1).nonzero().flatten()
+    while len(todo): # channels that don't fit yet
+        most = pair_sums(torch.round(w[todo]/s[todo].view(-1, *[1]*(w.ndim-1))).clamp_(-qmax, qmax))
+        todo,most = todo[most>_pair],most[most>_pair]
+        s[todo] *= (most/_pair).clamp(min=1+2**-8)
+    return s if scale.ndim else s.max()

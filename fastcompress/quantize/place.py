@@ -165,7 +165,7 @@ class Profile:
     add_ratio:tuple = (0., float('inf')) # operand scale / output scale of an add must lie in [lo, hi)
     fixed:dict = field(default_factory=lambda: dict(fixed_ranges)) # operation -> (lo, hi) of its result
     per_channel:tuple = _contractions # operations whose weights may have a scale for each channel
-    narrow:object = None     # f(site) -> width that its input may have at most, or None
+    pairs:object = None      # f(site) -> does its kernel add products in pairs, in 16 bits? Then its weight is scaled so that they fit, see `pair_scale`
     eager:bool = True        # round float tensors for the sake of operations that could run on integers?
     exact:bool = False       # is its arithmetic known to the bit? Then the simulation computes as it does: see `quantize.exact`
     declined:tuple = ()      # operations that could go on integers, by a kernel or by several, but were measured to gain nothing (benchmarks/kernels.py)
@@ -270,10 +270,11 @@ _all = dict(**{o: r for o,r in _contract.items() if o not in ('conv3d','conv_tra
 _torch = {o: r for o,r in _all.items() if o not in (*_norms, 'softmax')} # measured: a float island is as fast as their kernels, and rounds less
 _declined = (*_norms, 'softmax', 'gelu', 'silu', 'matmul', 'bmm', 'scaled_dot_product_attention')
 profiles['qnnpack'] = Profile('qnnpack', _torch, _limits, declined=_declined, add_ratio=(2.**-14, 2.**8), eager=False, exact=True)
-def _many_groups(s): return 7 if s.op in ('conv1d','conv2d') and _arg(s, 6, 'groups', 1)>100 else None # torch hands these to fbgemm, which sums pairs of products in 16 bits, with VNNI too
-profiles['x86'] = Profile('x86', {o: r for o,r in _torch.items() if not (has_vnni() and o=='conv_transpose2d')}, _limits, declined=_declined, a_bits=8 if has_vnni() else 7, per_channel=('conv1d','conv2d','conv3d','linear'), eager=False, narrow=_many_groups) # with VNNI torch hands transposed convolutions to onednn, which computes them wrongly
-profiles['fbgemm'] = replace(profiles['x86'], name='fbgemm', roles=_torch, a_bits=7, narrow=None)
-profiles['onednn'] = replace(profiles['x86'], name='onednn', narrow=None, roles={o: r for o,r in _torch.items() if 'transpose' not in o or r!='contract'})
+def _many_groups(s): return s.op in ('conv1d','conv2d') and _arg(s, 6, 'groups', 1)>100 # torch hands these to fbgemm, which adds pairs of products in 16 bits, with VNNI too
+def _every(s): return True
+profiles['x86'] = Profile('x86', {o: r for o,r in _torch.items() if not (has_vnni() and o=='conv_transpose2d')}, _limits, declined=_declined, pairs=_many_groups if has_vnni() else _every, per_channel=('conv1d','conv2d','conv3d','linear'), eager=False) # with VNNI torch hands transposed convolutions to onednn, which computes them wrongly
+profiles['fbgemm'] = replace(profiles['x86'], name='fbgemm', roles=_torch, pairs=_every)
+profiles['onednn'] = replace(profiles['x86'], name='onednn', pairs=None if has_vnni() else _every, roles={o: r for o,r in _torch.items() if 'transpose' not in o or r!='contract'})
 profiles['qnnpack_all'] = replace(profiles['qnnpack'], name='qnnpack_all', roles=_all, quiet=_norms)
 profiles['x86_all'] = replace(profiles['x86'], name='x86_all', roles=_all, quiet=_norms)
 _own = dict.fromkeys(['adaptive_avg_pool2d','mean'], 'unary') # averages on a grid of their own, finer than that of what they average
@@ -300,6 +301,7 @@ class Weight:
     channels:int|None   # how many scales it has; None is one for all
     axis:int            # dimension of the channels
     param:str|None=None # name of the parameter; None if it is computed, or has a BatchNorm folded in before it is rounded
+    pairs:bool=False    # must products of neighbours by a byte, two at a time, fit 16 bits?
 
 @dataclass
 class Placement:
@@ -308,7 +310,6 @@ class Placement:
     acts:list = field(default_factory=list)    # keys of activation quantizers, in order
     weights:dict = field(default_factory=dict) # key of a weight quantizer -> Weight
     adds:list = field(default_factory=list)    # (keys of the operands' grids, key of the result's grid)
-    bits:dict = field(default_factory=dict)    # key of an activation quantizer -> width at most, where the engine wants it narrower
     floats:dict = field(default_factory=dict)  # site that stays in float -> reason
     fixed:dict = field(default_factory=dict)   # key of an activation quantizer -> (lo, hi), where the range is known
     layers:dict = field(default_factory=dict)  # key -> layer that makes what it rounds; of a tensor quantized on the way in, the layer that reads it
@@ -431,7 +432,7 @@ class _Placer:
         axis = 1 if 'transpose' in s.op else 0
         many = self.many(s)
         spot,key = self.p.spot(s.name),f'{s.name}.weight'
-        spot.weight,self.p.weights[key],self.p.layers[key] = key,Weight(s.weight_shape[axis] if many else None, axis, s.weight_name),s.layer
+        spot.weight,self.p.weights[key],self.p.layers[key] = key,Weight(s.weight_shape[axis] if many else None, axis, s.weight_name, bool(self.profile.pairs and self.profile.pairs(s))),s.layer
         if not many and axis==0 and len(chain)>1 and self.profile.role(chain[1])[0]=='norm': # one scale for all must be that of the folded weight
             spot.norm,self.p.spot(chain[1].name).folds = chain[1].name,s.name
             self.p.weights[key].param = None
@@ -455,7 +456,6 @@ class _Placer:
             chain = self.chain(s, role)
             if role=='contract':
                 self.weigh(s, chain)
-                if self.profile.narrow and (most := self.profile.narrow(s)): self.p.bits[read[0]] = most
             if role!='product': self.p.spot(s.name).reads,self.p.spot(s.name).tail = read,[o.name for o in chain[1:]]
             out = self.write(s, chain)
             if role=='fixed': self.p.fixed[out] = self.profile.fixed[s.op]
@@ -482,7 +482,6 @@ class _Placer:
             if spot.output: spot.output = self.root(spot.output)
             spot.reads = [self.root(k) for k in spot.reads]
         p.adds = [([self.root(k) for k in read], self.root(out)) for read,out in p.adds]
-        p.bits = {self.root(k): b for k,b in p.bits.items()}
         p.acts = [k for k in p.acts if k not in self.one]
         return p
 
@@ -507,7 +506,7 @@ def place(sites:dict[str,Site], # from `record`
         if spot.inputs:
             acts.append(key)
             p.layers[key] = n.rpartition(':')[0]
-    p.acts,p.adds,p.fixed,p.bits = acts,[],{},{}
+    p.acts,p.adds,p.fixed = acts,[],{}
     return p
 
 # %% ../../nbs/quantize/02_place.ipynb #b39c5a88
