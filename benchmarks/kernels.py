@@ -9,7 +9,7 @@ from pathlib import Path
 warnings.filterwarnings('ignore')
 import torch, torch.nn.functional as F
 from fastcompress.cli import cpu_flags, environment
-from fastcompress.deploy.engines import use_engine
+from fastcompress.deploy.engines import has_kernel, use_engine
 from fastcompress.measure.latency import ratio, time_interleaved
 
 q,last = torch.ops.quantized,torch.channels_last
@@ -40,6 +40,29 @@ def pairs():
         'matmul [3, 197, 64]': ({'kernel': lambda: q.matmul(k, v, .03, 128)}, lambda: back(f(k)@f(v))),
     }
 
+GROUPS = [(8,1,1,3), (12,1,1,3), (20,1,1,3), (24,1,1,3), (40,1,1,5), (100,1,1,5), (40,1,1,7), (64,1,1,9), (64,1,1,(1,11)), (64,1,1,3,2), (32,1,2,3), (12,1,2,3), (32,1,3,3), (8,2,2,3), (8,3,3,3), (8,4,4,3), (8,6,6,3), (8,8,8,3), (8,12,12,3), (8,16,16,3), (8,24,24,3), (8,32,32,3), (8,4,8,3), (4,15,15,1), (8,8,8,1)]
+
+def grouped(g, i, o, k, dilation=1, n=28):
+    "name, ways of each library, detour, of a convolution in `g` groups of `i` to `o` channels"
+    k = (k, k) if isinstance(k, int) else k
+    pad,w,b = [d//2*dilation for d in k],torch.randn(g*o, i, *k),torch.randn(g*o)
+    qw = torch.quantize_per_channel(w, (w.abs().amax((1,2,3))/63).double(), torch.zeros(g*o, dtype=torch.long), 0, torch.qint8)
+    x,ways = bytes_of(torch.randn(1, g*i, n, n)).contiguous(memory_format=last),{}
+    for lib in 'fbgemm','onednn':
+        with use_engine(lib): packed = q.conv2d_prepack(qw, b, [1,1], pad, [dilation]*2, g)
+        ways[lib] = lambda _, p=packed: q.conv2d(x, p, .5, 128)
+    name = f"{g} groups of {i} to {o} channels, {k[0]}×{k[1]}{', dilated' if dilation>1 else ''}"
+    return name, {lib: has_kernel(lib, g, i, o, k, [dilation]*2) for lib in ways}, {**ways, 'detour':lambda _: back(F.conv2d(x.dequantize(), w, b, 1, pad, dilation, g), .5, 128)}
+
+def groups(rounds):
+    lines = ['', 'Convolutions in groups, 28×28, weights with room for pairs. Bold: taken to have no fast kernel there (`deploy.engines.has_kernel`), and left in float.', '', '| convolution | fbgemm | onednn | detour, µs |', '|---|---|---|---|']
+    for case in GROUPS:
+        name,fast,fs = grouped(*case)
+        t = time_interleaved(fs, torch.zeros(1), n=rounds, warmup=3, threads=1)
+        cell = lambda lib: (lambda r: f'{r:.2f}' if fast[lib] else f'**{r:.2f}**')(ratio(t[lib], t['detour']).median)
+        lines.append(f"| {name} | {cell('fbgemm')} | {cell('onednn')} | {t['detour'].median*1000:.0f} |")
+    return lines
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--rounds', type=int, default=100); p.add_argument('--out')
@@ -55,6 +78,7 @@ def main():
                 for k in ways: cells.setdefault((name, k), []).append(f"{(r := ratio(t[k], t['detour'])).median:.2f} ({r.q1:.2f}–{r.q3:.2f})")
                 cells.setdefault((name, 'us'), t['detour'].median*1000)
     lines += [f"| {n} | {k} | {' | '.join(v)} | {cells[n,'us']:.0f} |" for (n,k),v in cells.items() if k!='us']
+    lines += groups(max(5, a.rounds//5))
     print('\n'.join(lines))
     if a.out: Path(a.out).write_text('\n'.join(lines)+'\n')
 

@@ -48,6 +48,7 @@ NETS = dict(
     silu=lambda: (nn.Sequential(C(3), nn.SiLU(), C()), [(3,12,12)], dict(QLinearConv=2, QLinearSigmoid=1, QLinearMul=1), 'Conv Sigmoid'),
     hardswish=lambda: (nn.Sequential(C(3), nn.Hardswish(), C()), [(3,12,12)], dict(QLinearConv=2), 'Conv'),
     gate=lambda: (Fn(lambda m,x: (y := m.a(x))*torch.sigmoid(m.c(F.relu(m.b(y.mean((2,3), keepdim=True))))), a=C(3), b=C(k=1), c=C(k=1)), [(3,12,12)], dict(QLinearConv=3, QLinearMul=1, QLinearSigmoid=1, QLinearGlobalAveragePool=1), 'Conv Mul Sigmoid ReduceMean'),
+    gate_as=lambda: (Fn(lambda m,x: (y := m.a(x))*torch.sigmoid(m.c(F.relu(m.b(y.mean((2,3), keepdim=True))))).expand_as(y), a=C(3), b=C(k=1), c=C(k=1)), [(3,12,12)], dict(QLinearConv=3, QLinearMul=1, QLinearSigmoid=1), 'Conv Mul Sigmoid ReduceMean Expand'),
     zero_gain=lambda: (nn.Sequential(C(3, bias=False), zero_gain(), nn.ReLU(), C()), [(3,12,12)], dict(QLinearConv=2), 'Conv'),
     big_bias=lambda: (nn.Sequential(C(3), nn.ReLU(), big_bias()), [(3,12,12)], dict(QLinearConv=2), 'Conv'),
     no_bias=lambda: (nn.Sequential(C(3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8*36, 5, bias=False)), [(3,6,6)], dict(QLinearConv=1, QGemm=1), 'Conv Gemm'),

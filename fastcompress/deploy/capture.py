@@ -183,6 +183,18 @@ def _drop_idle(gm):
             n.replace_all_uses_with(n.args[0])
             gm.graph.erase_node(n)
 
+_spreads = {'mul','add','sub','div'} # these spread the smaller operand over the larger one themselves
+
+def _drop_expands(gm):
+    "Take out `expand` and `expand_as` where what reads the result would expand it as well"
+    def spread(u, n):
+        others = [a for a in u.args[:2] if a is not n]
+        return op_of(u) in _spreads and len(others)==1 and isinstance(others[0], fx.Node) and isinstance(others[0].meta.get('val'), Tensor) and others[0].meta['val'].shape==n.meta['val'].shape
+    for n in list(gm.graph.nodes):
+        if op_of(n) not in ('expand','expand_as') or not n.users or not all(spread(u, n) for u in n.users): continue
+        n.replace_all_uses_with(n.args[0])
+        gm.graph.erase_node(n)
+
 def tidy_(gm:fx.GraphModule)->fx.GraphModule:
     "Take out of a recorded graph what means nothing for inference"
     _inline(gm)
@@ -193,6 +205,7 @@ def tidy_(gm:fx.GraphModule)->fx.GraphModule:
             gm.graph.erase_node(n)
     _functional(gm)
     _drop_idle(gm)
+    _drop_expands(gm)
     _numbers_for_padding(gm)
     _merge_quantize(gm)
     return clean_(gm)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['engines', 'kernels', 'most_indirection', 'most_together', 'moves', 'slow', 'detours', 'use_engine', 'Packed',
            'QConv1d', 'QConv2d', 'QConvTranspose2d', 'QLinear', 'safe_scales', 'Byte', 'Kernel', 'kernel',
-           'indirection', 'linear', 'add', 'mul', 'cat', 'mean', 'sigmoid', 'hardswish', 'leaky_relu', 'elu', 'softmax',
-           'layer_norm', 'group_norm', 'instance_norm', 'batch_norm', 'Engine']
+           'indirection', 'library', 'has_kernel', 'linear', 'add', 'mul', 'cat', 'mean', 'sigmoid', 'hardswish',
+           'leaky_relu', 'elu', 'softmax', 'layer_norm', 'group_norm', 'instance_norm', 'batch_norm', 'Engine']
 
 # %% ../../nbs/deploy/02_engines.ipynb #c75e28fa
 import warnings
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from ..core import Registry
 from .capture import grid_at, op_of
 from ..quantize.exact import least_scale
+from ..quantize.place import has_vnni
 from ..quantize.simulate import Profile, profiles
 
 # %% ../../nbs/deploy/02_engines.ipynb #6122650f
@@ -185,13 +186,41 @@ def _addresses(low, n)->str:
     low.addresses[n] = b
     return ''
 
+def library(engine:str, # name of an engine
+            groups:int, # of a convolution
+           )->str:
+    "Whose kernels torch runs a convolution with: its engine x86 is two libraries"
+    return engine if engine!='x86' else 'onednn' if has_vnni() and groups<=100 else 'fbgemm'
+
+def has_kernel(lib:str,    # 'fbgemm' or 'onednn'
+               groups:int,
+               i:int,      # input channels of a group
+               o:int,      # output channels of a group
+               kernel:tuple,
+               dilation:list,
+              )->bool:
+    "Has the library a fast kernel for a convolution in groups? Otherwise it runs plain loops, up to ninety times as long as in float"
+    if groups==1: return True
+    if lib=='onednn': return i==o==1 or (i%4==0 and o%4==0)
+    odd = len({*kernel})>1 or {*dilation}!={1}
+    if i==1: return not odd and o in (1, 2) and groups%8==0 and kernel[0] in (3, 5, 7)
+    return prod(kernel)==1 or i>=24 or (not odd and i==o and i in (2, 4, 8, 16) and kernel[0]==3)
+
+def _plain_loops(low, n)->str:
+    "Why `n` would be slow on bytes, or ''"
+    if not op_of(n).startswith('conv') or 'transpose' in op_of(n): return ''
+    w,(_,_,dilation,groups) = n.args[1].meta['val'].shape,_args(n, 1, 0, 1, 1)
+    lib,d = library(low.engine.name, groups),len(w)-2
+    if has_kernel(lib, groups, w[1], w[0]//groups, (*[1]*(2-d), *w[2:]), _pair(dilation, d)): return ''
+    return f'measured: {lib} has no fast kernel for such groups, float is faster'
+
 def _contraction(low, n, q):
     if op_of(n.args[1])!='dequantize_channels': return 'its weight is not stored as integers'
     if any(isinstance(a, str) for a in n.args): return 'padding given as a string'
     ints,scale = low.stored_weight(n)
     if ints.dtype!=torch.int8: return 'its weight has more than 8 bits'
     if 'transpose' in op_of(n) and not (scale==scale[0]).all() and low.engine.name!='qnnpack': return f'{low.engine.name} has one scale for the whole weight of a transposed convolution'
-    return _addresses(low, n) if low.engine.name=='qnnpack' else ''
+    return _addresses(low, n) if low.engine.name=='qnnpack' else _plain_loops(low, n)
 
 def _conv(d, cls, transposed=False):
     def _emit(low, n, ins, scale, zero_point):

@@ -252,7 +252,7 @@ def has_vnni()->bool:
     except OSError: return False # not Linux: assume it can't
 
 _views = 'flatten view reshape permute transpose contiguous squeeze unsqueeze dropout detach'.split()
-_picks = 'split chunk unbind select narrow getitem unflatten movedim expand flip roll pixel_shuffle pixel_unshuffle channel_shuffle repeat'.split()
+_picks = 'split chunk unbind select narrow getitem unflatten movedim expand expand_as flip roll pixel_shuffle pixel_unshuffle channel_shuffle repeat'.split()
 _moves = dict.fromkeys(['max_pool2d', *_views], 'move')
 _more_moves = dict.fromkeys(['max_pool2d','max_pool1d','adaptive_max_pool2d','pad','interpolate', *_views, *_picks], 'move')
 _contract = dict.fromkeys(_contractions, 'contract')
