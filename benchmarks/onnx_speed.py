@@ -15,6 +15,7 @@ warnings.filterwarnings('ignore')
 import onnxruntime as ort, torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from fastcompress.cli import cpu_flags, environment
 from zoo import attempt, chosen, options, prepared, publish, sweep, tensors
 from fastcompress.deploy.capture import capture
 from fastcompress.deploy.lower import fold_all_
@@ -42,8 +43,8 @@ def theirs(calib, d):
         quantize_static(d/'pre.onnx', d/'theirs.onnx', Reader('x', calib), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
     return dict(bytes=(d/'theirs.onnx').stat().st_size, ran=ran_ops(d/'theirs.onnx'))
 
-def ours(model, calib, fresh, d):
-    simulate_(model, calib, 'onnx')
+def ours(model, calib, fresh, d, profile):
+    simulate_(model, calib, profile)
     calibrate_(model, calib.split(4), show=False)
     ref = fold_all_(capture(model, calib[:2]))
     bound,_ = save_onnx(ref, d/'ours.onnx', (calib[:1],), show=False)
@@ -58,7 +59,7 @@ def timed(files, fresh, rounds):
     over = {f'{a}/{b}': vars(ratio(t[a], t[b])) for a,b in (('ours','float'),('theirs','float'),('ours','theirs')) if a in t and b in t}
     return dict(ms=t['ours'].median, over={k: {q: r[q] for q in ('median','q1','q3')} for k,r in over.items()}, db={k: min(float(sqnr(a, b)) for a,b in zip(y['float'], y[k])) for k in y if k!='float'})
 
-def one(name, size, rounds, peer):
+def one(name, size, rounds, peer, profile):
     logging.disable(logging.WARNING)
     model,g = prepared(name, size)
     calib,fresh = (torch.randn(16, 3, size, size, generator=g) for _ in range(2))
@@ -66,7 +67,7 @@ def one(name, size, rounds, peer):
         d = Path(d)
         row = dict(name=name, size=size, float=attempt(exported, model, calib, d, seconds=600), theirs=dict(error='not tried'))
         if 'error' not in row['float'] and peer: row['theirs'] = attempt(theirs, calib, d, seconds=600)
-        row['ours'] = attempt(ours, model, calib, fresh, d, seconds=600)
+        row['ours'] = attempt(ours, model, calib, fresh, d, profile, seconds=600)
         files = {k: d/f'{k}.onnx' for k in ('float','theirs','ours') if 'error' not in row[k]}
         if 'float' in files and 'ours' in files: row.update(attempt(timed, files, fresh, rounds, seconds=600))
     return row
@@ -94,11 +95,11 @@ def table(rows):
 
 def main():
     p = options(__doc__)
-    p.add_argument('--rounds', type=int, default=20, help='timed runs of each file')
+    p.add_argument('--rounds', type=int, default=20, help='timed runs of each file'); p.add_argument('--profile', default='onnx', help="ours is simulated for it: onnx, or onnx_avx2, whose files are exact without an option on x86 processors without VNNI")
     a = p.parse_args()
     def show(r): return r['ours'].get('error') or r['ours']['steps'], r['theirs'].get('error', ''), r.get('db'), r.get('over', {}).get('ours/theirs')
-    rows = sweep(partial(one, rounds=a.rounds, peer=not a.no_peer), chosen(a), a.rows, a.jobs, show=show)
+    rows = sweep(partial(one, rounds=a.rounds, peer=not a.no_peer, profile=a.profile), chosen(a), a.rows, a.jobs, show=show)
     ran = ['What onnxruntime runs of our files after its own optimization:', '', *(f"- {r['name']}: " + ', '.join(f'{n} {o}' for o,n in Counter(r['ours']['ran']).most_common()) for r in rows if 'ran' in r['ours'])]
-    publish(a.out, 'ONNX files beside those of onnxruntime\'s own quantizer', 'onnx_speed', [f'onnxruntime {ort.__version__}, torch {torch.__version__}.', '', *summary(rows), '', *table(rows), '', *ran])
+    publish(a.out, 'ONNX files beside those of onnxruntime\'s own quantizer', 'onnx_speed', [f"onnxruntime {ort.__version__}, torch {torch.__version__}; {(e := environment())['CPU']} ({', '.join(sorted(cpu_flags()))}). Where a processor lacks VNNI, files run with `session.x64quantprecision`, but for ours of profile onnx_avx2.", '', *summary(rows), '', *table(rows), '', *ran])
 
 if __name__=='__main__': main()

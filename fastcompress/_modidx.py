@@ -1743,6 +1743,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fastcompress.deploy.onnx._culprit': ('deploy/onnx.html#_culprit', 'fastcompress/deploy/onnx.py'),
                                           'fastcompress.deploy.onnx._grid': ('deploy/onnx.html#_grid', 'fastcompress/deploy/onnx.py'),
                                           'fastcompress.deploy.onnx._mask': ('deploy/onnx.html#_mask', 'fastcompress/deploy/onnx.py'),
+                                          'fastcompress.deploy.onnx._may_overflow': ( 'deploy/onnx.html#_may_overflow',
+                                                                                      'fastcompress/deploy/onnx.py'),
                                           'fastcompress.deploy.onnx._name_batch': ( 'deploy/onnx.html#_name_batch',
                                                                                     'fastcompress/deploy/onnx.py'),
                                           'fastcompress.deploy.onnx._name_ints': ( 'deploy/onnx.html#_name_ints',

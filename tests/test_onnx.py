@@ -280,6 +280,41 @@ def test_weights_and_zero_points_are_not_shared(tmp_path):
     assert max(c.steps for c in check_onnx(p, ref, x))<=1
 
 
+PAIRS = dict(conv=lambda: C(6, 8), three=lambda: C(3, 8, 7), odd=lambda: C(5, 8), depthwise=lambda: C(16, 16, groups=16), grouped=lambda: C(12, 12, groups=4), grouped_odd=lambda: C(9, 9, groups=3), pointwise=lambda: C(7, 9, 1), rows=lambda: nn.Linear(33, 40), transposed=lambda: nn.ConvTranspose2d(6, 5, 2))
+
+@pytest.mark.parametrize('name', PAIRS)
+def test_files_for_any_x86_processor(name, tmp_path):
+    "onnx_avx2: the largest bytes there are, against weights of mostly one sign, loaded without the option that makes sums exact"
+    from fastcompress.deploy.onnx import _may_overflow
+    torch.manual_seed(0)
+    net = nn.Sequential(PAIRS[name]()).eval()
+    w = net[0].weight
+    with torch.no_grad(): w.copy_(torch.where(torch.rand_like(w)<.8, 1., -1.)*(.5+torch.rand_like(w)/2))
+    shape = (4,20,33) if name=='rows' else (4, w.shape[0] if name=='transposed' else w.shape[1]*getattr(net[0], 'groups', 1), 10, 10)
+    x = torch.where(torch.rand(shape)<.8, 1., 0.)
+    x[0] = 1
+    simulate_(net, x, 'onnx_avx2'); calibrate_(net, [x], show=False)
+    ref = fold_all_(capture(net, x))
+    p = written(tmp_path, net, ref, (x,))
+    assert not _may_overflow(p) and max(c.steps for c in check_onnx(p, ref, x))<=1
+    s = ort.InferenceSession(str(p), providers=['CPUExecutionProvider'])
+    assert np.array_equal(s.run(None, {s.get_inputs()[0].name: x.numpy()})[0], OnnxModel(p)(x).numpy())
+    simulate_(net, x, 'onnx'); calibrate_(net, [x], show=False)
+    assert _may_overflow(written(tmp_path, net, fold_all_(capture(net, x)), (x,)))
+
+
+def test_bundle_for_any_x86_processor(tmp_path):
+    from fastcompress.deploy.mobile import export_mobile, load_mobile
+    torch.manual_seed(0)
+    net,x = nn.Sequential(C(3), nn.ReLU(), C()).eval(),torch.randn(4,3,8,8)
+    r = export_mobile(net, x, tmp_path/'b', [x], format='onnx', engine='onnxruntime_avx2', show=False)
+    assert r.profile=='onnx_avx2' and r.max_steps<=1 and 'x64quantprecision' not in (tmp_path/'b'/'README.md').read_text()
+    assert load_mobile(tmp_path/'b')(x).shape==(4,8,8,8)
+    export_mobile(net, x, tmp_path/'c', [x], format='onnx', show=False)
+    assert 'x64quantprecision' in (tmp_path/'c'/'README.md').read_text()
+    with pytest.raises(ValueError, match='run on onnxruntime or onnxruntime_avx2'): export_mobile(net, x, tmp_path/'d', [x], format='onnx', engine='qnnpack', show=False)
+
+
 def test_reads_without_our_library(tmp_path):
     torch.manual_seed(0)
     model,ref,x = made(*NETS['gate']()[:2])

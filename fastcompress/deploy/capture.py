@@ -246,7 +246,7 @@ def _export(model, args, dynamic):
 def capture(model:nn.Module,          # float, or simulated and calibrated
             x,                        # example input: tensor or tuple of them, batch first
             dynamic_batch:bool=True,  # leave the batch dimension open where the model allows it
-           )->fx.GraphModule:         # `meta['fixed_batch']` is the batch it is bound to or None, `meta['floats']` site -> why it stays in float
+           )->fx.GraphModule:         # `meta['fixed_batch']` is the batch it is bound to or None, `meta['floats']` site -> why it stays in float, `meta['pairs']` whether products fit 16 bits two at a time
     "Record `model` in eval mode as one graph of flat inputs and outputs; a simulated model with its quantize and dequantize operations"
     sim,args = simulation(model),as_args(x)
     if sim is not None and not sim.calibrated: raise ValueError("the model is simulated but not calibrated: call calibrate_(model, batches) first.")
@@ -266,4 +266,5 @@ def capture(model:nn.Module,          # float, or simulated and calibrated
     gm = _flat(tidy_(gm))
     gm.meta['fixed_batch'] = fixed
     gm.meta['floats'] = dict(sim.placement.floats) if sim is not None else {}
+    gm.meta['pairs'] = sim is not None and all(w.pairs for w in sim.placement.weights.values())
     return gm

@@ -271,20 +271,20 @@ def _write_ptl(gm, path, target, args, fallback, strict, show, float_graph=None)
 formats['ptl'] = Format('model.ptl', _ptl_target, _write_ptl, load_ptl)
 
 # %% ../../nbs/deploy/04_mobile.ipynb #e963fa90
-def _only(engine, name, fmt):
-    if engine not in (None, name): raise ValueError(f"format={fmt!r} files run on {name}, not on {engine!r}. Leave engine out." + (f" Files for {engine} are format='ptl'." if engine in engines else ''))
+def _only(engine, names, fmt):
+    if engine not in (None, *names): raise ValueError(f"format={fmt!r} files run on {' or '.join(names)}, not on {engine!r}. Leave engine out." + (f" Files for {engine} are format='ptl'." if engine in engines else ''))
 
 def _pte_target(engine):
-    _only(engine, 'xnnpack', 'pte')
+    _only(engine, ['xnnpack'], 'pte')
     from fastcompress.deploy.executorch import PteModel # ImportError names what to install
     _need('executorch', 'executorch')
     return Target('xnnpack', profiles['xnnpack'])
 
 def _onnx_target(engine):
-    _only(engine, 'onnxruntime', 'onnx')
+    _only(engine, ['onnxruntime', 'onnxruntime_avx2'], 'onnx')
     from fastcompress.deploy.onnx import OnnxModel
     for m in 'onnx','onnxruntime': _need(m, 'onnx')
-    return Target('onnxruntime', profiles['onnx'])
+    return Target('onnxruntime', profiles['onnx_avx2' if engine=='onnxruntime_avx2' else 'onnx'])
 
 def _need(module, extra):
     from importlib.util import find_spec

@@ -219,6 +219,7 @@ def qdq_(gm:fx.GraphModule, # folded reference graph
 
 # %% ../../nbs/deploy/07_onnx.ipynb #df3cfb1e
 opset = 21 # the first with 16-bit integers
+_fits = 'fastcompress.pairs_fit_16_bits' # mark of a file whose weights no kernel can make overflow
 
 def translations()->dict: # torch operation -> function that writes ONNX nodes
     "How our operations are written in ONNX"
@@ -352,11 +353,18 @@ def save_onnx(ref:fx.GraphModule,      # folded reference graph of a model simul
                 wide,why,args = False,str(e),tuple(a[:1] for a in args)
         except RuntimeError as e: raise RuntimeError(f"{e}. Replace that operation in the model, or export with format='ptl', which keeps it in float.") from e
         tidy_onnx_(program.model)
+        if ref.meta.get('pairs'): program.model.metadata_props[_fits] = '1'
         next(bar); program.save(str(path))
         next(bar, None)
     return (None if wide else len(args[0])), why
 
 # %% ../../nbs/deploy/07_onnx.ipynb #d1385239
+def _may_overflow(path)->bool:
+    "Could kernels that add products in pairs, in 16 bits, overflow with the weights of this file?"
+    onnx = _need()[0]
+    model = onnx.load_from_string(path) if isinstance(path, bytes) else onnx.load(str(path), load_external_data=False)
+    return _fits not in {p.key for p in model.metadata_props}
+
 def session(path,              # file, or the bytes of one
             threads:int=None,  # of one operation; None lets onnxruntime choose
             optimized=None,    # file to write what it made of the graph to
@@ -366,7 +374,7 @@ def session(path,              # file, or the bytes of one
     o = ort.SessionOptions()
     o.log_severity_level = 3
     if threads: o.intra_op_num_threads = threads
-    if not has_vnni(): o.add_session_config_entry('session.x64quantprecision', '1')
+    if not has_vnni() and _may_overflow(path): o.add_session_config_entry('session.x64quantprecision', '1')
     if optimized: o.optimized_model_filepath = str(optimized)
     return ort.InferenceSession(path if isinstance(path, bytes) else str(path), o, providers=['CPUExecutionProvider'])
 

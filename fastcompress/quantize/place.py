@@ -281,6 +281,7 @@ _own = dict.fromkeys(['adaptive_avg_pool2d','mean'], 'unary') # averages on a gr
 profiles['xnnpack'] = Profile('xnnpack', dict(**_contract, **dict.fromkeys(['add','sub','mul'], 'combine'), cat='share', batch_norm='norm', **_clamps, **_own, **{o: r for o,r in _more_moves.items() if o!='interpolate'}), _limits, eager=False)
 profiles['onnx'] = Profile('onnx', dict(**_contract, **_products, scaled_dot_product_attention='product', **dict.fromkeys(['add','sub','mul'], 'combine'), cat='share', batch_norm='norm', **_clamps, **_own, avg_pool2d='unary',
                                         **_unary, **dict.fromkeys(['gelu','silu','mish', *_known], 'unary'), **_more_moves), _limits, most=16, eager=False)
+profiles['onnx_avx2'] = replace(profiles['onnx'], name='onnx_avx2', pairs=_every)
 
 # %% ../../nbs/quantize/02_place.ipynb #8a1a341a
 @dataclass
