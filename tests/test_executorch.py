@@ -142,6 +142,25 @@ def test_attention_leaves_little_to_portable_kernels(tmp_path):
     assert torch.equal(pte(x[:1]), pte(x)[:1])
 
 
+def products(m, x):
+    t = m.patch(x).flatten(2).transpose(1, 2)
+    q,k,v = m.qkv(t).chunk(3, -1)
+    a = (1-(2*(q@k.mT)+.5).softmax(-1)/3)@v                               # three dimensions, numbers on either side
+    b = (F.gelu(t)@m.table.mT)@m.table                                    # a stored matrix
+    five = [F.gelu(o).reshape(x.shape[0], 2, 8, 2, 4).transpose(2, 3) for o in (q,k,v)]
+    c = F.scaled_dot_product_attention(*five).transpose(2, 3).reshape(x.shape[0], 16, 8)
+    return m.head((a+b+c-1).mean(1))
+
+def test_numbers_and_products_of_any_dimensions_go_to_xnnpack(tmp_path):
+    torch.manual_seed(0)
+    net,x = Net(products, patch=nn.Conv2d(3, 8, 4, 4), qkv=nn.Linear(8, 24), head=nn.Linear(8, 3)),rand(3,3,16,16)
+    net.table = nn.Parameter(rand(5,8))
+    r,pte,want = shipped(net, (x,), tmp_path)
+    portable = {f['op'] for f in r['floats'] if f['where']=='portable'}
+    assert not portable&{'add','sub','rsub','mul','div','matmul','scaled_dot_product_attention','softmax','gelu'}, portable
+    assert sqnr(want, pte(x))>25 and torch.allclose(pte(x[:1]), pte(x)[:1], atol=1e-5)
+
+
 def pools(m, x):
     x = F.relu(m.a(x))
     x = F.max_pool2d(x, 2, 2, ceil_mode=True)+F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
