@@ -32,18 +32,23 @@ def ours(model, batches, x, path):
     return dict({k: r[k] for k in ('partitions','int8_partitions','int8','float','portable','roundings','bytes','open_batch')}, s=time.process_time()-t0, lower_s=time.process_time()-t1,
                 floats=dict(Counter(f"{f['op']} ({f['where']})" for f in r['floats']))), ref
 
-def theirs(model, batches, x, path):
-    import executorch.exir as exir
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+def quantized(model, batches, x):
+    "What torchao's pt2e makes of `model` with ExecuTorch's quantizer: a graph for `x`, one image"
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    args = (x[:1],)
-    m = prepare_pt2e(torch.export.export(model, args).module(), XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
+    m = prepare_pt2e(torch.export.export(model, (x,)).module(), XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
     with torch.no_grad():
         for b in batches:
             for i in range(len(b)): m(b[i:i+1])
+    return convert_pt2e(m)
+
+def theirs(model, batches, x, path):
+    import executorch.exir as exir
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    args = (x[:1],)
+    m = quantized(model, batches, x[:1])
     t0 = time.process_time()
-    ep = torch.export.export(convert_pt2e(m), args)
+    ep = torch.export.export(m, args)
     t1 = time.process_time()
     edge = exir.to_edge_transform_and_lower(ep, partitioner=[XnnpackPartitioner()])
     path.write_bytes(edge.to_executorch().buffer)

@@ -15,9 +15,9 @@ def listed():
     rows = (l.split() for l in (HERE/'timm_models.txt').read_text().splitlines() if l.strip() and not l.startswith('#'))
     return {r[0]: int(r[1]) if len(r)>1 else 224 for r in rows}
 
-def fair(model, size):
+def fair(model, size, seed=0):
     "BatchNorm gains and learned factors U(0.5, 1.5), learned addends U(-0.2, 0.2), layer scales U(0.1, 0.5), running statistics from three forwards in training mode"
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine: m.weight.data.uniform_(.5, 1.5, generator=g)
     for n,p in model.named_parameters():
@@ -29,10 +29,10 @@ def fair(model, size):
         for _ in range(3): model(torch.randn(2, 3, size, size, generator=g))
     return model.eval()
 
-def prepared(name, size, **kwargs):
-    "A fair model whose heads don't start at zero, and the generator for its inputs; always the same"
-    torch.manual_seed(0)
-    model,g = fair(timm.create_model(name, **kwargs), size),torch.Generator().manual_seed(1)
+def prepared(name, size, seed=0, **kwargs):
+    "A fair model whose heads don't start at zero, and the generator for its inputs; always the same for a seed"
+    torch.manual_seed(seed)
+    model,g = fair(timm.create_model(name, **kwargs), size, seed),torch.Generator().manual_seed(seed+1)
     for p in model.parameters():
         if p.ndim>1 and not p.any(): p.data.normal_(0, .02, generator=g)
     return model, g

@@ -709,7 +709,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastcompress.cli._export_learner': ('cli.html#_export_learner', 'fastcompress/cli.py'),
                                   'fastcompress.cli._export_model': ('cli.html#_export_model', 'fastcompress/cli.py'),
                                   'fastcompress.cli._line_per_epoch': ('cli.html#_line_per_epoch', 'fastcompress/cli.py'),
-                                  'fastcompress.cli._lite': ('cli.html#_lite', 'fastcompress/cli.py'),
                                   'fastcompress.cli._opened': ('cli.html#_opened', 'fastcompress/cli.py'),
                                   'fastcompress.cli._parser': ('cli.html#_parser', 'fastcompress/cli.py'),
                                   'fastcompress.cli._read_labels': ('cli.html#_read_labels', 'fastcompress/cli.py'),

@@ -174,6 +174,7 @@ def run_demo(arch, out, epochs, seed, sparsity):
     from fastcompress.core import eval_mode
     from fastcompress.data import digits
     from fastcompress.deploy.mobile import export_float, load_mobile, predict_fresh
+    from fastcompress.deploy.ptl import load_ptl
     from fastcompress.measure.count import compressed_bytes, file_bytes
     from fastcompress.measure.latency import time_interleaved
     from fastcompress.measure.quality import agreement, sqnr
@@ -222,7 +223,7 @@ def run_demo(arch, out, epochs, seed, sparsity):
 
         _say('5/5  timing the three files, in turns')
         files = {'float':scratch/'float.ptl', 'sparse':scratch/'sparse.ptl'}
-        lat = time_interleaved({**{k:_lite(f) for k,f in files.items()}, 'int8 file':load_mobile(tmp/'phone')}, x[:1], n=60, warmup=10, threads=1, show=True)
+        lat = time_interleaved({**{k:load_ptl(f) for k,f in files.items()}, 'int8 file':load_mobile(tmp/'phone')}, x[:1], n=60, warmup=10, threads=1, show=True)
         for k in lat: rep.add(k, latency=lat[k])
         file = tmp/'phone'/'model.ptl'
         rep.add('int8 file', accuracy=_accuracy(y_file, y), accuracy_simulated=_accuracy(y_sim, y), samples=len(y), agreement=agreement(y_float, y_file),
@@ -245,14 +246,6 @@ def run_demo(arch, out, epochs, seed, sparsity):
         rep.figure('The noise of rounding, layer by layer', plot_sqnr(db), f'Each result of the simulated int8 model against the sparse float model, with the errors of all layers before it. Lowest: {worst} at {db[worst]:.1f} dB.')
         rep.save(tmp)
     return rep
-
-def _lite(path):
-    "A float `.ptl` file as a callable"
-    from torch.jit.mobile import _load_for_lite_interpreter
-    m = _load_for_lite_interpreter(str(path))
-    def _call(x):
-        with torch.no_grad(): return m(x)
-    return _call
 
 # %% ../nbs/02_cli.ipynb #ba44e8b3
 def find_source(source:str)->tuple[str,Path]: # 'learner', 'checkpoint' or 'timm'; where it is

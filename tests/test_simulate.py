@@ -133,8 +133,10 @@ def test_weights_leave_room_for_sums_of_pairs():
         net(x)
         net.eval()
         assert all(pair_sums(q).max()<=128 for q in ints().values())
-    plain = simulate_(net, x, replace(profile, pairs=None)); calibrate_(net, [x], show=False)
-    sim = plain
+    for bits in 4, 16: # fewer bits always fit, more are computed in float
+        a,b = (simulate_(net, x, replace(profiles['onnx'], pairs=p), w_bits=bits) and calibrate_(net, [x], show=False) for p in (None, profile.pairs))
+        assert all(torch.equal(a[k].scale, b[k].scale) for k in a.placement.weights)
+    sim = simulate_(net, x, replace(profile, pairs=None)); calibrate_(net, [x], show=False)
     assert max(pair_sums(q).max() for q in ints().values())>128 # which is what all that is for
 
 # ---- circumstances

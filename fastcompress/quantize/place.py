@@ -9,6 +9,7 @@ __all__ = ['fixed_ranges', 'profiles', 'on_every_grid', 'modes', 'op_name', 'cal
 
 # %% ../../nbs/quantize/02_place.ipynb #2f740129
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -246,6 +247,7 @@ def _interpolate_limit(s):
     if _arg(s, 3, 'mode', 'nearest')!='nearest': return 'interpolation other than to the nearest'
 
 # %% ../../nbs/quantize/02_place.ipynb #be7ccb3e
+@cache
 def has_vnni()->bool:
     "Can this processor multiply bytes and sum into 32 bits in one instruction?"
     try: return any(f in Path('/proc/cpuinfo').read_text() for f in ('avx512_vnni','avx_vnni'))

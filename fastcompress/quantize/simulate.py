@@ -90,7 +90,7 @@ class Quantizer(nn.Module):
 
     def fitting(self, x:Tensor, scale:Tensor)->Tensor:
         "`scale` for weight `x`, raised where the engine's 16-bit sums of two products would overflow"
-        return scale if self.pairs is None else pair_scale(x.detach().float().movedim(self.pairs, 0), scale, self.qmax)
+        return scale if self.pairs is None or self.bits!=8 else pair_scale(x.detach().float().movedim(self.pairs, 0), scale, self.qmax)
 
     @property
     def plain(self)->bool:
