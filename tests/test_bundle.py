@@ -543,3 +543,31 @@ def test_what_an_engine_computes_differently_is_said(tmp_path, monkeypatch):
     assert r.max_steps>1 and any('softmax' in n for n in r.notes)
     with pytest.raises(RuntimeError, match='strict: .*softmax'): export_mobile(Gate().eval(), x, tmp_path/'strict', strict=True, **how)
     assert not (tmp_path/'strict').exists()
+
+
+# ---- float where it is faster
+
+@pytest.mark.parametrize('format,engine', [('ptl','qnnpack'), ('onnx',None), ('pte',None)])
+def test_fastest_in_every_format(format, engine, tmp_path, monkeypatch):
+    "One kind of operation measured to be faster in float; then the whole model"
+    if format!='ptl': pytest.importorskip(dict(onnx='onnxruntime', pte='executorch')[format])
+    from fastcompress.deploy import fallback
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    x = batch()
+    how = dict(calibration=[x], engine=engine, format=format, fallback='fastest', show=False)
+    plain = export_mobile(net, x, tmp_path/'plain', **{**how, 'fallback':True})
+    def race(won): return lambda a, b, args, n, threads: (a(*args) is not None and b(*args) is not None and next(won), 1.)
+    monkeypatch.setattr(fallback, '_race', race(iter([False, True, *[False]*9])))
+    r = export_mobile(net, x, tmp_path/'depthwise', **how)
+    kept = [t['what'] for t in r.details['timings'] if t['kept']]
+    assert kept==['conv2d, depthwise in float'] and r.details['timings'][-1]['what']=='the whole model in float'
+    assert [(i.layer, i.op) for i in r.islands if 'measured: faster in float on this machine (conv2d, depthwise)' in i.reason]==[('2','conv2d')]
+    assert r.max_steps<=1 and r.ops>=plain.ops-1 and 'form' not in r.details and 0<r.int_share<1
+    assert load_mobile(tmp_path/'depthwise')(x).shape==(len(x), 4)
+    monkeypatch.setattr(fallback, '_race', race(iter([*[False]*len(r.details['timings'][:-1]), True])))
+    r = export_mobile(net, x, tmp_path/'float', **how)
+    assert r.details['form']=='float' and [i.layer for i in r.islands]==[''] and r.sqnr_float>80 and r.int_share==0 and r.ops==0
+    assert load_mobile(tmp_path/'float')(x).shape==(len(x), 4)
+    with pytest.raises((RuntimeError, ValueError)): export_mobile(net, x, tmp_path/'odd', **{**how, 'fallback':'fast'})
+    assert not (tmp_path/'odd').exists()
+    with pytest.raises(RuntimeError, match='strict: '): export_mobile(nn.Sequential(net[0], nn.SELU(), nn.Conv2d(16, 4, 1)).eval(), x, tmp_path/'odd', **{**how, 'fallback':False})

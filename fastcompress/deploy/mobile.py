@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import __version__
-from ..core import Registry, as_args, atomic_dir, check_writable, eval_mode, near, plain
+from ..core import Registry, as_args, atomic_dir, check_writable, eval_mode, plain
 from .bundle import check_bundle, load_golden, save_golden as _save_golden, seal
 from .capture import capture, clamp_ends, float_reasons, get_tensor, is_rounded, layer_of, op_of
 from .engines import Packed, engines, use_engine
-from .fallback import ladder, refuse_islands
+from .fallback import fastest_file, ladder, refuse_islands
 from .fold import Normalised, fold_, fold_input_norm, reparameterise_
 from .lower import Island, fold_all_, node_macs
 from .ptl import load_ptl, quiet_torchscript, save_ptl, scriptable_
 from .snippets import describe_file, readme
 from ..measure.count import flush_subnormals_, n_subnormal
 from ..measure.quality import agreement, sqnr
-from ..measure.report import Report, decibel, nbytes, percent
+from ..measure.report import Report, decibel, percent
 from ..quantize.place import Placement, _contractions, place, profiles, record
 from ..quantize.simulate import Simulation, calibrate_, release_, sim_mode, simulate_, simulation
 
@@ -290,29 +290,43 @@ def _need(module, extra):
     from importlib.util import find_spec
     if find_spec(module) is None: raise ImportError(f"{module} is not installed: pip install fastcompress[{extra}]")
 
+def _chosen(ref, write, load, args, fallback, float_graph, show)->tuple: # reference graph, details
+    "What `fallback` makes of a reference graph that a file is written from"
+    if fallback not in (True, False, 'fastest'): raise ValueError(f"fallback={fallback!r}: True, 'fastest' or False.")
+    if fallback!='fastest': return ref, {}
+    ref,timings = fastest_file(ref, write, load, args, float_graph, show=show)
+    return ref, dict(**({} if _rounds(ref) else {'form':'float'}), timings=timings)
+
+def _rounds(ref)->bool: return any(op_of(n)=='quantize' for n in ref.graph.nodes)
+
+def _in_float(macs)->Island: return Island('', 'the whole model', 'measured: faster in float on this machine', 'computed and stored in float', macs)
+
 def _write_pte(gm, path, target, args, fallback, strict, show, float_graph=None):
-    from fastcompress.deploy.executorch import check_pte, save_pte
-    ref = fold_all_(gm)
+    from fastcompress.deploy.executorch import PteModel, check_pte, save_pte
+    ref,more = _chosen(fold_all_(gm), lambda g, p: save_pte(g, p, args, show=False), PteModel, args, fallback, float_graph, show)
     done = save_pte(ref, path, args, show=show)
     macs = {(layer_of(n), op_of(n)):node_macs(n) for n in ref.graph.nodes}
     left = dict(xnnpack="in float, by XNNPACK", portable="in float, by ExecuTorch's portable kernels")
     islands = [Island(f['layer'], f['op'], f['reason'], left.get(f['where'], f['where']), macs.get((f['layer'], f['op']), 0)) for f in done['floats']]
-    if strict: refuse_islands(islands)
+    if not _rounds(ref): islands = [_in_float(sum(i.macs for i in islands))]
+    if strict or not fallback: refuse_islands(islands)
     adjusted = [f"XNNPACK's limits changed {len(done['adjusted'])} values, as in {a['layer']} ({a['op']}): {a['what']}." for a in done['adjusted'][:1]]
     total,floats = sum(node_macs(n) for n in ref.graph.nodes),sum(i.macs for i in islands)
-    details = {k: done[k] for k in ('partitions','int8','float','portable','roundings','arena','batch')}
-    return Written('exported', islands, dict(int=total-floats, float=floats), *_held(ref), check_pte(ref, args, show=show), _out_step(ref), details, adjusted, gm.meta.get('fixed_batch'))
+    details = {**{k: done[k] for k in ('partitions','int8','float','portable','roundings','arena','batch')}, **more}
+    return Written('exported', islands, dict(int=total-floats, float=floats), *_held(ref), check_pte(ref, args, show=show) if _rounds(ref) else [], _out_step(ref), details, adjusted, gm.meta.get('fixed_batch'))
 
 def _write_onnx(gm, path, target, args, fallback, strict, show, float_graph=None):
-    from fastcompress.deploy.onnx import check_onnx, save_onnx
-    ref = fold_all_(gm)
-    islands,macs = float_rows(ref, target.profile)
-    if strict: refuse_islands(islands)
+    from fastcompress.deploy.onnx import OnnxModel, check_onnx, save_onnx
     fixed = gm.meta.get('fixed_batch')
+    def write(g, p): save_onnx(g, p, args, dynamic_batch=fixed is None, show=False)
+    ref,more = _chosen(fold_all_(gm), write, lambda p: OnnxModel(p, threads=1), args, fallback, float_graph, show)
+    islands,macs = float_rows(ref, target.profile)
+    if not _rounds(ref): islands = [_in_float(macs['float'])]
+    if strict or not fallback: refuse_islands(islands)
     bound,why = save_onnx(ref, path, args, dynamic_batch=fixed is None)
     if bound!=fixed: args = tuple(a[:bound] for a in args)
     notes = [f"The file is bound to a batch of {bound}, because of an open one {why}."] if why else []
-    return Written('exported', islands, macs, *_held(ref), check_onnx(path, ref, args), _out_step(ref), notes=notes, fixed_batch=bound)
+    return Written('exported', islands, macs, *_held(ref), check_onnx(path, ref, args) if _rounds(ref) else [], _out_step(ref), more, notes, bound)
 
 def _load_pte(file, engine):
     from fastcompress.deploy.executorch import PteModel
