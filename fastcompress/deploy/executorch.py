@@ -256,8 +256,8 @@ def move(self:Translation, n):
     args = fx.node.map_arg(n.args[1:], self.float_of)
     if op in _same: pass
     elif op in _shapes and shape: q = self.q(self.reshape(self.dq(q, s, z, n), shape, n), s, z, n)
-    elif op=='max_pool2d' and _sizes(n)[0][3]==[1,1]: # XNNPACK knows no dilated windows
-        geometry,more = _sizes(n)
+    elif op=='max_pool2d' and (sizes := _sizes(n))[0][3]==[1,1]: # XNNPACK knows no dilated windows
+        geometry,more = sizes
         if any(more): q = self.q(self.call(torch.ops.aten.constant_pad_nd.default, (self.dq(q, s, z, n), more, (-128-z)*s), n), s, z, n) # with the lowest number there is
         q = self.q(self.call(n.target, (self.dq(q, s, z, n), *geometry), n), s, z, n)
     elif op in _known_moves: q = self.q(self.call(n.target, (self.dq(q, s, z, n), *args), n, n.kwargs), s, z, n)

@@ -345,18 +345,16 @@ def save_onnx(ref:fx.GraphModule,      # folded reference graph of a model simul
     with _quiet():
         next(bar); gm = qdq_(copy.deepcopy(ref)).eval()
         next(bar)
-        try:
-            try: program = _converted(gm, args, wide)
-            except RuntimeError as e:
-                if not wide: raise
-                program = _converted(gm, tuple(a[:1] for a in args), False)
-                wide,why,args = False,str(e),tuple(a[:1] for a in args)
-        except RuntimeError as e: raise RuntimeError(f"{e}. Replace that operation in the model, or export with format='ptl', which keeps it in float.") from e
+        for given,is_open in ((args, True), (tuple(a[:1] for a in args), False)) if wide else ((args, False),):
+            try: program = _converted(gm, given, is_open)
+            except RuntimeError as e: failed,why = e,str(e)
+            else: break
+        else: raise RuntimeError(f"{why}. Replace that operation in the model, or export with format='ptl', which keeps it in float.") from failed
         tidy_onnx_(program.model)
         if ref.meta.get('pairs'): program.model.metadata_props[_fits] = '1'
         next(bar); program.save(str(path))
         next(bar, None)
-    return (None if wide else len(args[0])), why
+    return (None if is_open else len(given[0])), why
 
 # %% ../../nbs/deploy/07_onnx.ipynb #d1385239
 def _may_overflow(path)->bool:
