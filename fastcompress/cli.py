@@ -10,7 +10,7 @@ __all__ = ['commands', 'UserError', 'user_errors', 'main', 'cpu_flags', 'environ
 import argparse,inspect,platform,random,sys,tempfile,warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -85,6 +85,16 @@ def environment()->dict:
     cpu = next((l.partition(':')[2].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
     return {'fastcompress':__version__, 'torch':torch.__version__, **{k:version(k) for k in ('fastai','timm')}, 'Python':platform.python_version(), 'CPU':cpu or platform.machine()}
 
+def _sums()->str:
+    "How this processor adds products of bytes"
+    from fastcompress.quantize.place import has_vnni
+    if platform.machine() not in ('x86_64','AMD64'): return 'in 32 bits'
+    return 'in 32 bits (VNNI)' if has_vnni() else "two products in 16 bits (no VNNI): weights for engine='x86' are scaled to fit; ONNX files for such processors: engine='onnxruntime_avx2'"
+
+def _extra(package:str, extra:str)->str:
+    try: return version(package)
+    except PackageNotFoundError: return f"not installed: pip install fastcompress[{extra}]"
+
 @commands('doctor')
 def doctor():
     "Say what this installation and this machine can do"
@@ -93,6 +103,8 @@ def doctor():
     have = [e for e in torch.backends.quantized.supported_engines if e!='none']
     print(f"{'int8 engines':13} {', '.join(have) or 'none'}")
     print(f"{'qnnpack':13} {'here: files for phones can be written and run' if 'qnnpack' in have else 'missing: this torch build cannot write or run files for phones'}")
+    print(f"{'sums of bytes':13} {_sums()}")
+    for package,extra in ('executorch','executorch'),('onnxruntime','onnx'): print(f'{package:13} {_extra(package, extra)}')
 
 # %% ../nbs/02_cli.ipynb #e36654e9
 def demo_model(arch:str,     # any timm model

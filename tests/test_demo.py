@@ -1,4 +1,6 @@
 "The main job as a user starts it: the default demo and what it must reach, repeatability, mistakes"
+from importlib.metadata import version
+from importlib.util import find_spec
 import contextlib, io, json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
@@ -121,3 +123,5 @@ def test_unknown_command_and_doctor():
     assert "Nearest: 'demo'" in err.getvalue()
     with contextlib.redirect_stdout(io.StringIO()) as out: assert main(['doctor'])==0
     assert 'qnnpack' in out.getvalue() and torch.__version__ in out.getvalue()
+    lines = dict(l.split(None, 1) for l in out.getvalue().replace('sums of bytes', 'sums').splitlines())
+    assert ('bits' in lines['sums']) and all(lines[p]==version(p) if find_spec(p) else 'pip install' in lines[p] for p in ('executorch','onnxruntime'))
